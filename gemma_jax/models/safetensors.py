@@ -1,0 +1,134 @@
+"""Safetensors files, read slice by slice and treated as untrusted data.
+
+The format (github.com/huggingface/safetensors): 8 bytes of little-endian
+header length, a JSON header of dtypes, shapes and byte ranges, then the data.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "I64": np.dtype(np.int64),
+  "I32": np.dtype(np.int32),
+  "U8": np.dtype(np.uint8),
+  "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100 * 2**20
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def open_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Lazy views of all tensors of one file: nothing is read until sliced.
+
+  Raises:
+    ValueError: the file is truncated or its header does not describe it.
+  """
+  path = pathlib.Path(path)
+  size = path.stat().st_size
+  bad = f"{path} is not a complete safetensors file: "
+  again = " Download or copy it again."
+  with path.open("rb") as f:
+    length = int.from_bytes(f.read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER):
+      raise ValueError(
+        f"{bad}the header claims {length} bytes and the file has {size}.{again}"
+      )
+    try:
+      header = json.loads(f.read(length))
+    except ValueError as e:
+      raise ValueError(f"{bad}the header is no JSON ({e}).{again}") from e
+  header.pop("__metadata__", None)
+  data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+  start, room = 8 + length, size - 8 - length
+  tensors = {}
+  for name, entry in header.items():
+    try:
+      dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+      first, last = entry["data_offsets"]
+      expected = math.prod(shape) * dtype.itemsize
+      fits = 0 <= first <= last and last - first == expected
+    except (KeyError, TypeError, ValueError) as e:
+      raise ValueError(f"{bad}tensor {name!r} has entry {entry}.{again}") from e
+    if not fits or last > room:
+      raise ValueError(
+        f"{bad}tensor {name!r} of shape {shape} and dtype {dtype} needs "
+        f"{expected} bytes at {first}..{last}; the file holds {room} bytes of "
+        f"data.{again}"
+      )
+    raw = data[start + first : start + last]
+    tensors[name] = raw.view(dtype).reshape(shape)
+  return tensors
+
+
+def open_directory(directory: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Lazy views of all tensors of a checkpoint, in one file or several.
+
+  Raises:
+    FileNotFoundError: no weights there, or a shard of the index is missing.
+    ValueError: see `open_file`; or a shard lacks what the index promises.
+  """
+  directory = pathlib.Path(directory)
+  index = directory / INDEX
+  if not index.exists():
+    single = directory / SINGLE
+    if not single.exists():
+      raise FileNotFoundError(
+        f"{directory} holds neither {SINGLE} nor {INDEX}. Point at a Hugging "
+        "Face checkpoint directory, or download the weights into it."
+      )
+    return open_file(single)
+  where = json.loads(index.read_text())["weight_map"]
+  files = sorted(set(where.values()))
+  # A shard is named by a file that is data: it must stay in the directory.
+  outside = [name for name in files if pathlib.Path(name).name != name]
+  absent = [name for name in files if not (directory / name).exists()]
+  if outside or absent:
+    raise FileNotFoundError(
+      f"{index} names shards that are not in {directory}: "
+      f"{', '.join(outside + absent)}. Download them."
+    )
+  shards = {name: open_file(directory / name) for name in files}
+  lost = sorted(t for t, name in where.items() if t not in shards[name])
+  if lost:
+    raise ValueError(
+      f"{index} promises tensors that their files lack: {', '.join(lost)}."
+    )
+  return {tensor: shards[name][tensor] for tensor, name in where.items()}
+
+
+def write_file(
+  path: str | os.PathLike,
+  tensors: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
+  """Writes tensors to one file, by way of a temporary name beside it."""
+  path = pathlib.Path(path)
+  tensors = dict(tensors)
+  header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+  for name, x in tensors.items():
+    header[name] = {
+      "dtype": NAMES[x.dtype],
+      "shape": list(x.shape),
+      "data_offsets": [offset, offset + x.nbytes],
+    }
+    offset += x.nbytes
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % 8)
+  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  with partial.open("wb") as f:
+    f.write(len(text).to_bytes(8, "little") + text)
+    for x in tensors.values():
+      f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+  partial.rename(path)

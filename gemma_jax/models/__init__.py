@@ -4,6 +4,7 @@ from gemma_jax.models.config import PRESETS, ModelConfig
 from gemma_jax.models.forward import forward, unembed
 from gemma_jax.models.model import (
   Model,
+  describe,
   load_model,
   load_tokenizer,
   read_config,
@@ -17,6 +18,7 @@ __all__ = [
   "Model",
   "ModelConfig",
   "Splice",
+  "describe",
   "forward",
   "load_model",
   "load_tokenizer",

@@ -270,6 +270,31 @@ def read_config(directory: str | os.PathLike) -> ModelConfig:
     raise ValueError(f"{path}: {e}") from e
 
 
+# Hub ids whose shape is known without asking the hub.
+_KNOWN = {
+  **{
+    f"google/gemma-2-{n}{it}": f"gemma2-{n}"
+    for n in ("2b", "9b", "27b")
+    for it in ("", "-it")
+  },
+  **{
+    f"google/gemma-3-{n}{kind}": f"gemma3-{n}"
+    for n in ("270m", "1b", "4b", "12b", "27b")
+    for kind in ("", "-pt", "-it")
+  },
+  DEMO: "gemma3-270m",
+}
+
+
+def describe(path_or_name: str | os.PathLike) -> ModelConfig:
+  """The shape of a model, without its weights where that is possible."""
+  name = os.fspath(path_or_name)
+  preset = _KNOWN.get(name) or name.removeprefix("random:")
+  if not os.path.isdir(name) and preset in config_lib.PRESETS:
+    return config_lib.PRESETS[preset]
+  return read_config(resolve(path_or_name))
+
+
 def load_tokenizer(directory: str | os.PathLike):
   """The transformers tokenizer of a directory, or None if it has none."""
   if not (pathlib.Path(directory) / "tokenizer.json").exists():

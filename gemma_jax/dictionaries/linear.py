@@ -1,0 +1,162 @@
+"""Second moments of two sites, and what follows from them in closed form.
+
+The ridge map is the baseline that a transcoder must beat and where its affine
+skip starts; the input's covariance gives its whitening.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RIDGE = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)  # times the mean input variance
+
+
+@jax.jit
+def _products(x, y, shift_x, shift_y):
+  x = x.astype(jnp.float32) - shift_x
+  y = y.astype(jnp.float32) - shift_y
+  return x.sum(0), y.sum(0), x.T @ x, x.T @ y, jnp.sum(y * y)
+
+
+@dataclasses.dataclass
+class Moments:
+  """Sums over rows of x [D] and y [E], shifted, in float64.
+
+  Attributes:
+    count: rows.
+    shift_x: what was taken from x before summing, [D].
+    shift_y: the same for y, [E].
+    x: sum of x, [D].
+    y: sum of y, [E].
+    xx: sum of outer products, [D, D].
+    xy: the same, [D, E].
+    yy: sum of squared norms of y.
+  """
+
+  count: int
+  shift_x: np.ndarray
+  shift_y: np.ndarray
+  x: np.ndarray
+  y: np.ndarray
+  xx: np.ndarray
+  xy: np.ndarray
+  yy: float
+
+  def __add__(self, other: "Moments") -> "Moments":
+    """Sums of both; the two must share their shifts."""
+    if not np.array_equal(self.shift_x, other.shift_x):
+      raise ValueError("Moments with different shifts cannot be added.")
+    return dataclasses.replace(
+      self,
+      count=self.count + other.count,
+      **{
+        name: getattr(self, name) + getattr(other, name)
+        for name in ("x", "y", "xx", "xy", "yy")
+      },
+    )
+
+  @property
+  def mean_x(self) -> np.ndarray:
+    """Mean of x, float64 [D]."""
+    return self.shift_x + self.x / self.count
+
+  @property
+  def mean_y(self) -> np.ndarray:
+    """Mean of y, float64 [E]."""
+    return self.shift_y + self.y / self.count
+
+  @property
+  def covariance(self) -> np.ndarray:
+    """Covariance of x, float64 [D, D]."""
+    return self.xx / self.count - np.outer(self.x, self.x) / self.count**2
+
+  @property
+  def cross_covariance(self) -> np.ndarray:
+    """Covariance of x with y, float64 [D, E]."""
+    return self.xy / self.count - np.outer(self.x, self.y) / self.count**2
+
+  @property
+  def variance_y(self) -> float:
+    """Mean of |y - mean(y)|^2."""
+    return float(self.yy / self.count - np.sum((self.y / self.count) ** 2))
+
+  def squared_error(self, linear: np.ndarray, bias: np.ndarray) -> float:
+    """Mean over the rows of |y - x @ linear - bias|^2."""
+    offset = self.mean_y - self.mean_x @ linear - bias
+    quadratic = np.sum((self.covariance @ linear) * linear)
+    cross = np.sum(self.cross_covariance * linear)
+    return float(self.variance_y - 2 * cross + quadratic + offset @ offset)
+
+
+def moments(
+  blocks: Iterable[tuple[np.ndarray, np.ndarray]],
+  *,
+  shift: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Moments:
+  """Sums over blocks of (x [n, D], y [n, E]).
+
+  Products are float32 within a block of a few thousand rows, about a shift
+  near the mean, and float64 across blocks.
+
+  Args:
+    blocks: rows.
+    shift: what to subtract; None takes the first block's means.
+  """
+  total = None
+  for x, y in blocks:
+    if shift is None:
+      shift = tuple(np.asarray(a, np.float32).mean(0) for a in (x, y))
+    sums = _products(x, y, *shift)
+    sums = [np.asarray(s, np.float64) for s in sums]
+    part = Moments(len(x), *(s.astype(np.float64) for s in shift), *sums)
+    total = part if total is None else total + part
+  if total is None:
+    raise ValueError("No rows to take moments of.")
+  return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Ridge:
+  """y = x @ linear + bias, with the penalty that was chosen.
+
+  Attributes:
+    linear: float32 [D, E].
+    bias: float32 [E].
+    penalty: times the mean input variance.
+  """
+
+  linear: np.ndarray
+  bias: np.ndarray
+  penalty: float
+
+  def __call__(self, x):
+    """[..., D] -> [..., E]."""
+    return x @ self.linear + self.bias
+
+
+def fit_ridge(fit: Moments, validation: Moments) -> Ridge:
+  """Ridge regression; the penalty that validates best, refitted on all rows.
+
+  Args:
+    fit: moments of the rows to fit.
+    validation: moments of other rows, about the same shifts.
+  """
+
+  def solve(m: Moments, penalties):
+    values, vectors = np.linalg.eigh(m.covariance)
+    projected = vectors.T @ m.cross_covariance
+    scale = values.mean()
+    for penalty in penalties:
+      # Directions without variance carry no map; they must not blow up.
+      floor = np.maximum(values + penalty * scale, 1e-9 * scale)
+      linear = vectors @ (projected / floor[:, None])
+      yield penalty, linear, m.mean_y - m.mean_x @ linear
+
+  best = min(
+    solve(fit, RIDGE), key=lambda s: validation.squared_error(s[1], s[2])
+  )
+  ((_, linear, bias),) = solve(fit + validation, (best[0],))
+  return Ridge(linear.astype(np.float32), bias.astype(np.float32), best[0])

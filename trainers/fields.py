@@ -1,0 +1,97 @@
+"""What a job's config may hold, checked before any work."""
+
+import difflib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+NAME = "config.json"
+
+
+class Free:
+  """Marks a mapping whose keys are somebody else's to check."""
+
+
+def check(config: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+  """Compares a config with the fields that its job knows.
+
+  Args:
+    config: nested mapping.
+    fields: the same nesting, with a type or a tuple of types for each leaf.
+
+  Raises:
+    ValueError: unknown fields with the nearest valid name, missing ones, and
+      values of another type, all in one message.
+  """
+  wrong = list(_faults(config, fields, ""))
+  if wrong:
+    raise ValueError(
+      "The config does not fit its job:\n  " + "\n  ".join(wrong)
+    )
+
+
+def _faults(config, fields, prefix):
+  for name, value in config.items():
+    path = f"{prefix}{name}"
+    if name not in fields:
+      near = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
+      hint = f"did you mean {prefix}{near[0]}?" if near else "there is no such"
+      yield f"{path} is unknown: {hint} (valid: {', '.join(fields)})"
+      continue
+    expected = fields[name]
+    if expected is Free or isinstance(expected, Mapping):
+      if not isinstance(value, Mapping):
+        yield f"{path} must be a group of fields; got {value!r}"
+      elif expected is not Free:
+        yield from _faults(value, expected, f"{path}.")
+      continue
+    kinds = expected if isinstance(expected, tuple) else (expected,)
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not isinstance(value, kinds) and not (number and float in kinds):
+      names = " or ".join(kind.__name__ for kind in kinds)
+      yield f"{path} must be {names}; got {value!r}"
+    elif isinstance(value, bool) and bool not in kinds:
+      yield f"{path} must be a number; got {value!r}"
+  for name in fields:
+    if name not in config:
+      yield f"{prefix}{name} is missing"
+
+
+def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Makes a workdir this config's, or checks that it already is.
+
+  Raises:
+    ValueError: the workdir was made by another config; shows what differs.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  path = workdir / NAME
+  mine = json.loads(json.dumps(config))
+  if path.exists():
+    theirs = json.loads(path.read_text())
+    different = [
+      f"{key}: {old!r} there, {new!r} here"
+      for key, (old, new) in _differences(theirs, mine).items()
+    ]
+    if different:
+      raise ValueError(
+        f"{workdir} was made by another config:\n  "
+        + "\n  ".join(different)
+        + "\nUse another --workdir, or the same config to resume."
+      )
+    return
+  partial = path.with_name(f".{NAME}")
+  partial.write_text(json.dumps(mine, indent=2))
+  partial.rename(path)
+
+
+def _differences(old, new, prefix=""):
+  missing = "nothing"
+  out = {}
+  for key in sorted({*old, *new}):
+    a, b = old.get(key, missing), new.get(key, missing)
+    if isinstance(a, dict) and isinstance(b, dict):
+      out |= _differences(a, b, f"{prefix}{key}.")
+    elif a != b:
+      out[f"{prefix}{key}"] = (a, b)
+  return out

@@ -1,0 +1,320 @@
+"""The training loop: one page, read top to bottom."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import pathlib
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gemma_jax import checkpoints
+from trainers.track import Trackers
+
+log = logging.getLogger("gemma_jax")
+
+
+class State(NamedTuple):
+  """All of a training: what is saved, donated and resumed.
+
+  The data stream's cursor is `step`: batch number `step` comes next.
+
+  Attributes:
+    step: int32, steps done.
+    params: the parameters.
+    opt_state: of optax.
+    extra: what the method carries besides (statistics, thresholds).
+    sums: running sums of the metrics since the last log step.
+    first_bad: int32, the first step whose loss was not finite; -1 for none.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  extra: Any
+  sums: dict[str, jax.Array]
+  first_bad: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What the loop trains.
+
+  Attributes:
+    init: (*init_args) -> (params, extra); jitted.
+    init_args: gives the arrays that `init` takes; called only when starting.
+    init_shapes: `jax.ShapeDtypeStruct` of each of them.
+    loss: (params, extra, batch) -> (loss, (extra, metrics of scalars)).
+    optimizer: of optax.
+    batches: start -> endless host batches from batch number `start`.
+    rule: (path of a leaf, shape) -> PartitionSpec.
+    shown: metrics for the progress bar.
+  """
+
+  init: Callable
+  init_args: Callable[[], tuple]
+  init_shapes: tuple
+  loss: Callable
+  optimizer: optax.GradientTransformation
+  batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
+  rule: Callable[[str, tuple[int, ...]], P]
+  shown: tuple[str, ...]
+
+
+def train(
+  task: Task,
+  workdir: pathlib.Path,
+  *,
+  mesh: Mesh,
+  steps: int,
+  batch_size: int,
+  log_every: int,
+  checkpoint_every: int,
+  keep: int,
+  track: tuple[str, ...] = (),
+) -> State:
+  """Trains to `steps`, from the newest checkpoint if there is one.
+
+  Raises:
+    FloatingPointError: a loss that is not finite; names the step.
+    SystemExit: SIGTERM arrived; the state is saved and the code is 0.
+  """
+
+  # ---------------------------------------------------------------- state
+  def fresh(*args) -> State:
+    params, extra = task.init(*args)
+    zero = jnp.zeros((), jnp.int32)
+    opt_state = task.optimizer.init(params)
+    example = jax.tree.map(
+      lambda s: jnp.zeros((batch_size, *s.shape[1:]), s.dtype), batch_shape
+    )
+    _, (_, metrics) = jax.eval_shape(task.loss, params, extra, example)
+    sums = {name: jnp.zeros(()) for name in metrics}
+    return State(zero, params, opt_state, extra, sums, zero - 1)
+
+  stream = task.batches(0)
+  batch_shape = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(next(stream))
+  )
+  stream.close()
+  shapes = jax.eval_shape(fresh, *task.init_shapes)
+  shardings = jax.tree_util.tree_map_with_path(
+    lambda path, x: NamedSharding(
+      mesh, task.rule(jax.tree_util.keystr(path), x.shape)
+    ),
+    shapes,
+  )
+  by_row = NamedSharding(mesh, P(("data", "fsdp")))
+
+  # ----------------------------------------------------------- checkpoint
+  store = checkpoints.Checkpoints(workdir / "checkpoints", keep=keep)
+  state, start = store.restore(checkpoints.abstract(shapes, shardings))
+  store.delete_after(start)
+  if state is None:
+    state = jax.jit(fresh, out_shardings=shardings)(*task.init_args())
+  else:
+    log.info("resuming at step %d of %d", start, steps)
+
+  # ----------------------------------------------------------------- step
+  def update(state: State, batch):
+    compute = jax.value_and_grad(task.loss, has_aux=True)
+    (loss, (extra, now)), grads = compute(state.params, state.extra, batch)
+    updates, opt_state = task.optimizer.update(
+      grads, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    since = state.step % log_every
+    sums = {
+      name: jnp.where(since == 0, 0, state.sums[name]) + x
+      for name, x in now.items()
+    }
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(updates))
+    bad = (state.first_bad < 0) & ~finite
+    first_bad = jnp.where(bad, state.step, state.first_bad)
+    metrics = {name: x / (since + 1) for name, x in sums.items()}
+    metrics["first_bad"] = first_bad
+    new = State(state.step + 1, params, opt_state, extra, sums, first_bad)
+    return new, metrics
+
+  step_fn = jax.jit(
+    update,
+    donate_argnums=0,
+    in_shardings=(shardings, by_row),
+    out_shardings=(shardings, None),
+  )
+
+  # ----------------------------------------------------------------- loop
+  record = _Record(workdir, start, steps, batch_size, task.shown, track)
+  batches = task.batches(start)
+  done = start
+  with contextlib.ExitStack() as stack:
+    stack.callback(store.close)
+    stack.callback(batches.close)
+    stack.callback(record.close)
+    stopping = stack.enter_context(_sigterm())
+    stack.enter_context(jax.set_mesh(mesh))
+    stack.enter_context(jax.transfer_guard("disallow"))
+    pending = None
+    for step in range(start, steps):
+      batch = jax.device_put(dict(next(batches)), by_row)
+      state, metrics = step_fn(state, batch)
+      done = step + 1
+      if pending is not None:  # the device is busy with the step just sent
+        record.write(*pending)
+        pending = None
+      record.advance()
+      stop = _agreed(stopping, done % log_every == 0)
+      if done % log_every == 0 or done == steps:
+        pending = done, metrics
+      if done % checkpoint_every == 0 or done == steps or stop:
+        record.check(metrics)  # never save what is not finite
+        store.save(done, state)
+      if stop:
+        break
+    if pending is not None:
+      record.write(*pending)
+  if done < steps:
+    log.info("stopped at step %d: resume with the same command", done)
+    raise SystemExit(0)
+  return state
+
+
+@contextlib.contextmanager
+def _sigterm():
+  """A list that is no longer empty once SIGTERM has arrived."""
+  arrived = []
+  try:
+    before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
+  except ValueError:  # not in the main thread: nothing to catch
+    yield arrived
+    return
+  try:
+    yield arrived
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _agreed(stopping: list, at_log_step: bool) -> bool:
+  """Whether to stop now; several hosts agree on it, at log steps."""
+  if jax.process_count() == 1:
+    return bool(stopping)
+  if not at_log_step:
+    return False
+  from jax.experimental import multihost_utils
+
+  flags = multihost_utils.process_allgather(np.array(bool(stopping)))
+  return bool(np.any(flags))
+
+
+class _Record:
+  """metrics.jsonl, the progress bar and the trackers."""
+
+  def __init__(self, workdir, start, steps, batch_size, shown, track):
+    path = workdir / "metrics.jsonl"
+    rows = read_metrics(path)
+    # What was logged after the checkpoint that we resume from comes again.
+    kept = [row for row in rows if row["step"] <= start]
+    if len(kept) < len(rows):
+      text = "".join(json.dumps(row) + "\n" for row in kept)
+      path.write_text(text)
+    self._file = path.open("a")
+    self._main = jax.process_index() == 0
+    self._trackers = Trackers(track if self._main else (), workdir)
+    self._batch, self._steps, self._shown = batch_size, steps, shown
+    self._began, self._at = time.perf_counter(), start
+    self._before = kept[-1].get("seconds", 0.0) if kept else 0.0
+    self._start = time.perf_counter()
+    self._bar = tqdm.tqdm(
+      total=steps * batch_size,
+      initial=start * batch_size,
+      desc="train",
+      unit=" tokens",
+      unit_scale=True,
+      disable=not (self._main and sys.stderr.isatty()),
+    )
+
+  def advance(self) -> None:
+    self._bar.update(self._batch)
+
+  def check(self, metrics) -> dict[str, float]:
+    row = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    bad = int(row.pop("first_bad"))
+    if bad >= 0:
+      raise FloatingPointError(
+        f"The loss is not finite at step {bad}. The last checkpoint before it "
+        "is kept. Check the activations for NaN, or lower the learning rate."
+      )
+    return row
+
+  def write(self, step: int, metrics) -> None:
+    row = self.check(metrics)
+    now = time.perf_counter()
+    rate = (step - self._at) * self._batch / max(now - self._began, 1e-9)
+    self._began, self._at = now, step
+    row = {
+      "step": step,
+      "tokens": step * self._batch,
+      **row,
+      "tokens_per_second": rate,
+      "seconds": self._before + now - self._start,
+      **memory(),
+    }
+    shown = {name: f"{row[name]:.4g}" for name in self._shown}
+    self._bar.set_postfix({"step": step, **shown})
+    if self._main:
+      self._file.write(json.dumps(row) + "\n")
+      self._file.flush()
+      self._trackers.write(step, row)
+    if self._main and self._bar.disable:
+      left = (self._steps - step) * self._batch / rate
+      log.info(
+        "step %d/%d  %.0f tokens/s  %.0f s left  %s",
+        step,
+        self._steps,
+        rate,
+        left,
+        "  ".join(f"{name} {value}" for name, value in shown.items()),
+      )
+
+  def close(self) -> None:
+    self._bar.close()
+    self._file.close()
+    self._trackers.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+  if not path.exists():
+    return []
+  rows = []
+  for line in path.read_text().splitlines():
+    try:
+      rows.append(json.loads(line))
+    except ValueError:
+      break
+  return rows
+
+
+def memory() -> dict[str, float]:
+  """Peak memory in bytes of this process, and of the fullest local device."""
+  # Linux counts ru_maxrss in KiB, macOS in bytes.
+  unit = 1 if sys.platform == "darwin" else 1024
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  out = {"host_memory_peak": float(peak)}
+  stats = [d.memory_stats() for d in jax.local_devices()]
+  used = [s["peak_bytes_in_use"] for s in stats if s]
+  if used:
+    out["device_memory_peak"] = float(max(used))
+  return out

@@ -33,6 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.data.heldout_fraction = 0.1
   c.data.context = 1024
   c.data.packing = "packed"
+  c.data.document_tokens = None
   c.data.train_tokens = 4_000_000
   c.data.heldout_tokens = 262_144
 

@@ -28,7 +28,8 @@ def get_config() -> ConfigDict:
   c.data.heldout_fraction = 0.1
   c.data.context = 256
   c.data.packing = "packed"
-  c.data.train_tokens = 300_000
+  c.data.document_tokens = 1_024
+  c.data.train_tokens = 400_000
   c.data.heldout_tokens = 32_768
 
   c.activations = ConfigDict()
@@ -52,7 +53,7 @@ def get_config() -> ConfigDict:
   c.dictionary.threshold_decay = 0.99
 
   c.train = ConfigDict()
-  c.train.steps = 1_000
+  c.train.steps = 900
   c.train.batch_size = 1_024
   c.train.learning_rate = 4e-3
   c.train.skip_learning_rate = 0.3
@@ -67,11 +68,11 @@ def get_config() -> ConfigDict:
   c.train.encoder_norm = 0.7
   c.train.decoder_norm = 0.1
   c.train.log_every = 20
-  c.train.checkpoint_every = 200
+  c.train.checkpoint_every = 150
   c.train.keep = 2
 
   c.eval = ConfigDict()
-  c.eval.splice_tokens = 8_192
+  c.eval.splice_tokens = 6_144
   c.eval.splice_batch_size = 4
   c.eval.latents = 20
   c.eval.contexts = 8

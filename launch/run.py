@@ -29,6 +29,9 @@ CACHE = flags.DEFINE_string(
 DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "Print what would be done and what it costs; start nothing."
 )
+TRACEBACK = flags.DEFINE_bool(
+  "traceback", False, "Show where an error came from."
+)
 DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the processes of several hosts."
 )
@@ -51,6 +54,16 @@ def _stop(*_) -> None:
   sys.exit(0)
 
 
+def _parse(argv):
+  """Reads the flags; a config that lacks a field says which one was meant."""
+  try:
+    return flags.FLAGS(argv)
+  except (AttributeError, KeyError, OSError, TypeError) as e:
+    # Of ml_collections, whose message is the last part of a nested one.
+    text = e.args[0] if e.args and isinstance(e.args[0], str) else str(e)
+    sys.exit(f"error: {text.strip()}")
+
+
 def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments {argv[1:]}.")
@@ -68,7 +81,12 @@ def main(argv) -> None:
   filename = config_flags.get_config_filename(flags.FLAGS["config"])
   name = pathlib.Path(filename.split(":")[0]).stem
   workdir = pathlib.Path(WORKDIR.value or f"runs/{name}")
-  results = job.run(config, workdir)
+  try:
+    results = job.run(config, workdir)
+  except (ValueError, OSError, ImportError, FloatingPointError) as e:
+    if TRACEBACK.value:
+      raise
+    sys.exit(f"error: {e}\n(--traceback shows where.)")
   for key, value in results.items():
     if isinstance(value, float):
       value = f"{value:.6g}"
@@ -78,4 +96,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=_parse)

@@ -47,6 +47,7 @@ FIELDS = {
     "heldout_fraction": float,  # of the documents
     "context": int,  # T, with BOS
     "packing": str,  # "packed" or "document"
+    "document_tokens": (int, type(None)),  # at most so many of each document
     "train_tokens": int,
     "heldout_tokens": int,
   },
@@ -388,6 +389,7 @@ def _windows(p: Plan, tokenizer) -> dict[str, data.Windows]:
       pad_id=p.model.pad_id,
       packing=own["packing"],
       special_ids=(p.model.eos_id,),
+      document_tokens=own["document_tokens"],
     )
     got, wanted = windows[name].num_tokens, own[f"{name}_tokens"]
     if got < least[name]:

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gemma_jax import checkpoints
+from gemma_jax import checkpoints, progress
 from trainers.track import Trackers
 
 log = logging.getLogger("gemma_jax")
@@ -236,13 +235,11 @@ class _Record:
     self._began, self._at = time.perf_counter(), start
     self._before = kept[-1].get("seconds", 0.0) if kept else 0.0
     self._start = time.perf_counter()
-    self._bar = tqdm.tqdm(
-      total=steps * batch_size,
+    self._bar = progress.bar(
+      steps * batch_size,
+      "train",
+      unit="tokens",
       initial=start * batch_size,
-      desc="train",
-      unit=" tokens",
-      unit_scale=True,
-      disable=not (self._main and sys.stderr.isatty()),
     )
 
   def advance(self) -> None:
@@ -272,21 +269,11 @@ class _Record:
       **memory(),
     }
     shown = {name: f"{row[name]:.4g}" for name in self._shown}
-    self._bar.set_postfix({"step": step, **shown})
+    self._bar.set_postfix({"step": f"{step}/{self._steps}", **shown})
     if self._main:
       self._file.write(json.dumps(row) + "\n")
       self._file.flush()
       self._trackers.write(step, row)
-    if self._main and self._bar.disable:
-      left = (self._steps - step) * self._batch / rate
-      log.info(
-        "step %d/%d  %.0f tokens/s  %.0f s left  %s",
-        step,
-        self._steps,
-        rate,
-        left,
-        "  ".join(f"{name} {value}" for name, value in shown.items()),
-      )
 
   def close(self) -> None:
     self._bar.close()
@@ -295,7 +282,7 @@ class _Record:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+  """The rows of a metrics.jsonl, without a last line that a kill cut short."""
   if not path.exists():
     return []
   rows = []

@@ -6,15 +6,13 @@ import json
 import logging
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
-from gemma_jax import cache
+from gemma_jax import cache, progress
 from gemma_jax.activations.store import (
   FORMAT,
   MANIFEST,
@@ -127,14 +125,7 @@ def harvest(
   done = int(np.searchsorted(rows_before, writer.committed, "right")) - 1
   first = done // batch_size * batch_size
   surplus = writer.committed - int(rows_before[first])
-  progress = tqdm.tqdm(
-    total=total,
-    initial=writer.committed,
-    desc="harvest",
-    unit=" tokens",
-    unit_scale=True,
-    disable=not sys.stderr.isatty(),
-  )
+  bar = progress.bar(total, "harvest", unit="tokens", initial=writer.committed)
   ahead = None
   for start in [*range(first, len(windows.tokens), batch_size), None]:
     launched = (
@@ -148,10 +139,10 @@ def harvest(
       rows = {name: x[surplus:] for name, x in rows.items()}
       surplus = 0
       writer.append(rows)
-      progress.update(len(rows["token"]))
+      bar.update(len(rows["token"]))
     ahead = launched
   writer.close()
-  progress.close()
+  bar.close()
   store = ActivationStore.open(path)
   log.info(
     "activations: %d tokens at %.0f tokens/s to %s",

@@ -53,6 +53,7 @@ def make_windows(
   pad_id: int,
   packing: str = "packed",
   special_ids: Sequence[int] = (),
+  document_tokens: int | None = None,
 ) -> Windows:
   """Tokenises documents, in their order, into windows of equal length.
 
@@ -71,6 +72,8 @@ def make_windows(
       "document" starts a window with every document and pads after it. A long
       document goes on in the next window, after its BOS, either way.
     special_ids: further tokens that never count, e.g. EOS.
+    document_tokens: take at most so many tokens of a document, in one piece
+      that starts where its id decides, so that a budget covers more documents.
 
   Returns:
     The windows, W as large as needed.
@@ -100,6 +103,9 @@ def make_windows(
     for document, ids in _tokenise(documents, tokenizer):
       if not ids.size:
         continue
+      if document_tokens is not None and ids.size > document_tokens:
+        start = int(document.id, 16) % (ids.size - document_tokens + 1)
+        ids = ids[start : start + document_tokens]
       counts = np.cumsum(~np.isin(ids, special))
       if max_tokens is not None and counted + counts[-1] >= max_tokens:
         last = np.searchsorted(counts, max_tokens - counted)

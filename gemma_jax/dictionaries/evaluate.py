@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
+from gemma_jax import progress
 from gemma_jax.activations import ActivationStore
 from gemma_jax.dictionaries import core
 from gemma_jax.dictionaries.dictionary import Dictionary, encode
@@ -102,14 +101,8 @@ def evaluate(
   )
   norms = {n: [] for n in ("input", "target", "reconstruction", "error")}
   rows = len(store)
-  for start in tqdm.trange(
-    0,
-    rows,
-    batch_size,
-    desc="evaluate",
-    unit=" batches",
-    disable=not sys.stderr.isatty(),
-  ):
+  bar = progress.bar(rows, "evaluate", unit="tokens")
+  for start in range(0, rows, batch_size):
     stop = min(start + batch_size, rows)
     x = np.asarray(store.read(start, stop, cfg.read), np.float32)
     y = np.asarray(store.read(start, stop, cfg.write), np.float32)
@@ -127,6 +120,9 @@ def evaluate(
     norms["target"].append(np.linalg.norm(y, axis=-1))
     norms["reconstruction"].append(np.linalg.norm(recs[-1], axis=-1))
     norms["error"].append(np.linalg.norm(y - recs[-1], axis=-1))
+    bar.update(stop - start)
+    bar.set_postfix(fvu=f"{prefixes[-1].compute():.4f}")
+  bar.close()
   full = prefixes[-1]
   by_prefix = [running.compute() for running in prefixes]
   mean = _mean_predictor(store, cfg.write, full.mean, batch_size)

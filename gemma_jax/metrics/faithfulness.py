@@ -1,14 +1,13 @@
 """What a model loses when a dictionary takes a site's place."""
 
 import functools
-import sys
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
+from gemma_jax import progress
 from gemma_jax.models import Model, Splice, sharding
 from gemma_jax.models.forward import forward, unembed
 
@@ -52,28 +51,28 @@ def spliced_cross_entropy(
   short = read.rsplit(".", 1)[1]
   totals = np.zeros((1 + len(names), 2))
   count = 0
-  for start in tqdm.trange(
-    0,
-    len(tokens),
-    batch_size,
-    desc="splice",
-    unit=" batches",
-    disable=not sys.stderr.isatty(),
-  ):
+  bar = progress.bar(int(mask[:, 1:].sum()), "splice", unit="tokens")
+  for start in range(0, len(tokens), batch_size):
     part = slice(start, start + batch_size)
     pad = ((0, batch_size - len(tokens[part])), (0, 0))
+    padded = np.pad(tokens[part], pad), np.pad(mask[part], pad)
     with jax.set_mesh(model.mesh):
-      sums = _batch(
-        model.config,
-        model.params,
-        sharding.put_batch(np.pad(tokens[part], pad), model.mesh),
-        sharding.put_batch(np.pad(mask[part], pad), model.mesh),
-        functions,
-        short,
-        write,
+      placed = [sharding.put_batch(a, model.mesh) for a in padded]
+      streams = _streams(
+        model.config, model.params, *placed, functions, short, write
       )
-    totals += np.asarray(sums, np.float64)
+      # Blocks are separate programs: inside a loop of one program the CPU
+      # runs everything but the products on a single core.
+      flat = padded[0][:, 1:].reshape(-1), padded[1][:, 1:].reshape(-1)
+      for at in range(0, len(flat[0]), LOGIT_ROWS):
+        rows = slice(at, at + LOGIT_ROWS)
+        if flat[1][rows].any():
+          block = streams[:, rows], flat[0][rows], flat[1][rows]
+          totals += _losses(model.config, model.params, *block)
     count += int(mask[part][:, 1:].sum())
+    bar.update(count - bar.n)
+    bar.set_postfix(ce=f"{totals[0, 0] / max(count, 1):.4f}")
+  bar.close()
   means = totals / max(count, 1)
   return {
     name: {"ce": float(ce), "kl": float(kl), "tokens": count}
@@ -82,8 +81,12 @@ def spliced_cross_entropy(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def _batch(cfg, params, tokens, mask, functions, read, write):
-  """[1 + R, 2] sums of loss and of KL from the clean model."""
+def _streams(cfg, params, tokens, mask, functions, read, write):
+  """Last resid_post of the clean model and of every replacement.
+
+  Returns:
+    [1 + R, B * (T - 1), D]: the positions that predict a token.
+  """
   last = f"blocks.{cfg.num_layers - 1}.resid_post"
 
   def final(edits):
@@ -103,39 +106,27 @@ def _batch(cfg, params, tokens, mask, functions, read, write):
 
     return final({write: Splice(read, where_unmasked)})
 
-  streams = jnp.stack([final({}), *map(spliced, functions)])
-  targets = tokens[:, 1:].reshape(-1)
-  counted = mask[:, 1:].reshape(-1)
-  rows = targets.shape[0]
-  blocks = -(-rows // LOGIT_ROWS)
-  pad = blocks * LOGIT_ROWS - rows
-  streams = jnp.pad(streams, ((0, 0), (0, pad), (0, 0)))
-  streams = streams.reshape(len(streams), blocks, LOGIT_ROWS, cfg.width)
-  targets = jnp.pad(targets, (0, pad)).reshape(blocks, LOGIT_ROWS)
-  counted = jnp.pad(counted, (0, pad)).reshape(blocks, LOGIT_ROWS)
+  return jnp.stack([final({}), *map(spliced, functions)])
 
-  def losses(block):
-    streams, targets, counted = block
-    clean = jax.nn.log_softmax(unembed(cfg, params, streams[0]))
-    out = []
-    for i, stream in enumerate(streams):
-      logp = (
-        clean if i == 0 else jax.nn.log_softmax(unembed(cfg, params, stream))
-      )
-      ce = -jnp.take_along_axis(logp, targets[:, None], 1)[:, 0]
-      kl = jnp.sum(jnp.exp(clean) * (clean - logp), axis=-1)
-      out.append(
-        jnp.stack(
-          [
-            jnp.sum(jnp.where(counted, ce, 0)),
-            jnp.sum(jnp.where(counted, kl, 0)),
-          ]
-        )
-      )
-    return jnp.stack(out)
 
-  parts = jax.lax.map(losses, (jnp.moveaxis(streams, 1, 0), targets, counted))
-  return parts.sum(0)
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(cfg, params, streams, targets, counted):
+  """[1 + R, 2] sums over counted rows of the loss and of KL from clean."""
+  clean = unembed(cfg, params, streams[0])
+  top = clean.max(-1, keepdims=True)
+  weights = jnp.exp(clean - top)
+  total = weights.sum(-1)
+  clean_lse = top[:, 0] + jnp.log(total)
+  out = []
+  for i, stream in enumerate(streams):
+    logits = unembed(cfg, params, stream) if i else clean
+    lse = jax.nn.logsumexp(logits, axis=-1) if i else clean_lse
+    ce = lse - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
+    # sum p (log p - log q), with log p - log q = clean - logits + constants.
+    apart = jnp.sum(weights * (clean - logits), axis=-1) / total
+    kl = apart - clean_lse + lse
+    out.append([jnp.where(counted, v, 0).sum() for v in (ce, kl)])
+  return jnp.array(out)
 
 
 def ce_recovered(clean: float, spliced: float, ablated: float) -> float:

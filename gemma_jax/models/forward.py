@@ -203,7 +203,7 @@ def _run_blocks(cfg, blocks, x, ctx, depth, wanted, changes):
   for layer in own:
     x = scan(x, start, layer)
     names = stacked | {s.name for s in wanted.values() if s.layer == layer}
-    part = jax.tree.map(lambda a: a[layer], (blocks, layers))
+    part = jax.tree.map(lambda a, l=layer: a[l], (blocks, layers))
     x, seen = body(x, part, names, layer)
     pieces.append({name: seen[name][None] for name in stacked})
     found |= {Site(layer, name): value for name, value in seen.items()}

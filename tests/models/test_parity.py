@@ -63,9 +63,10 @@ def torch_sites(model, tokens):
         stack.callback(handle.remove)
     with torch.no_grad():
       logits = model(torch.tensor(tokens), use_cache=False).logits.numpy()
-  for l, layer in enumerate(model.model.layers):
-    gain = 1 + layer.pre_feedforward_layernorm.weight.detach().numpy()
-    found[f"blocks.{l}.mlp_norm"] = found[f"blocks.{l}.mlp_in"] / gain
+  for l in range(len(model.model.layers)):
+    x = found[f"blocks.{l}.resid_mid"]
+    square = np.mean(np.square(x), axis=-1, keepdims=True)
+    found[f"blocks.{l}.mlp_norm"] = x / np.sqrt(square + 1e-6)
   return logits, found
 
 

@@ -1,0 +1,96 @@
+"""Gemma 3 270M itself, against Hugging Face in float32 and eager mode."""
+
+import pydoc_data.topics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from gemma_jax import metrics, models
+from gemma_jax.models import gemma
+from gemma_jax.models.model import DEMO
+from tests.models.test_parity import relative, torch_sites
+
+pytestmark = pytest.mark.torch
+
+LENGTH = 700  # beyond the window of 512
+
+
+@pytest.fixture(scope="module")
+def theirs():
+  return transformers.AutoModelForCausalLM.from_pretrained(
+    models.resolve(DEMO), attn_implementation="eager", dtype=torch.float32
+  ).eval()
+
+
+@pytest.fixture(scope="module")
+def ours(one_device):
+  return models.load_model(DEMO, dtype="float32", mesh=one_device)
+
+
+@pytest.fixture(scope="module")
+def tokens(ours):
+  text = pydoc_data.topics.topics["typesseq"]
+  return np.array([ours.tokenizer(text)["input_ids"][:LENGTH]])
+
+
+def test_logits_and_every_site_equal_hugging_face_beyond_the_window(
+  theirs, ours, tokens
+):
+  logits, expected = torch_sites(theirs, tokens)
+  got, found = ours.forward(tokens, capture=tuple(expected))
+  assert tokens.shape == (1, LENGTH)
+  assert np.abs(np.asarray(got) - logits).max() < 1e-3
+  worst = {k: relative(np.asarray(found[k]), v) for k, v in expected.items()}
+  assert max(worst.values()) < 1e-4, worst
+
+
+def test_greedy_continuation_agrees_for_64_tokens(theirs, ours, tokens):
+  prompt = tokens[:, :40]
+  with torch.no_grad():
+    expected = theirs.generate(
+      torch.tensor(prompt),
+      attention_mask=torch.ones(prompt.shape, dtype=torch.long),
+      do_sample=False,
+      max_new_tokens=64,
+      pad_token_id=0,
+    ).numpy()
+  assert expected.shape == (1, 104)
+  np.testing.assert_array_equal(
+    ours.generate(prompt, max_new_tokens=64), expected
+  )
+
+
+def test_the_true_mlp_in_the_transcoders_place_changes_nothing(ours, tokens):
+  layer = 9
+  weights = jax.tree.map(lambda x: x[layer], ours.params["blocks"])
+
+  def mlp(x, y):
+    return gemma.mlp(ours.config, weights, x, lambda name, value: value)
+
+  read, write = f"blocks.{layer}.mlp_in", f"blocks.{layer}.mlp_out"
+  _, found = ours.forward(tokens, capture=(read, write), stop_at=write)
+  assert metrics.fvu(found[write], mlp(found[read], None)) < 1e-6
+  # Without the gain the input is another one, and it must show.
+  _, bare = ours.forward(
+    tokens, capture=(f"blocks.{layer}.mlp_norm",), stop_at=write
+  )
+  wrong = mlp(bare[f"blocks.{layer}.mlp_norm"], None)
+  assert metrics.fvu(found[write], wrong) > 0.1
+
+  mask = np.arange(LENGTH)[None] > 0
+  loss = metrics.spliced_cross_entropy(
+    ours,
+    tokens,
+    mask,
+    {"mlp": mlp, "zero": lambda x, y: jnp.zeros_like(y)},
+    read=read,
+    write=write,
+    batch_size=1,
+  )
+  assert abs(loss["mlp"]["ce"] - loss["clean"]["ce"]) < 1e-4
+  assert loss["mlp"]["kl"] < 1e-4
+  assert loss["zero"]["ce"] - loss["clean"]["ce"] > 0.01

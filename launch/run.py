@@ -32,9 +32,6 @@ DRY_RUN = flags.DEFINE_bool(
 TRACEBACK = flags.DEFINE_bool(
   "traceback", False, "Show where an error came from."
 )
-DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Join the processes of several hosts."
-)
 
 
 def _set_up_jax() -> None:
@@ -44,9 +41,6 @@ def _set_up_jax() -> None:
   compiled = cache.directory("compiled")
   jax.config.update("jax_compilation_cache_dir", str(compiled))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  cluster = int(os.environ.get("SLURM_NTASKS", 1)) > 1
-  if DISTRIBUTED.value or cluster:
-    jax.distributed.initialize()
 
 
 def _stop(*_) -> None:

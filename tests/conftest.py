@@ -1,11 +1,27 @@
 """Eight virtual CPU devices, a cache of the session's own, tiny models."""
 
 import os
+import sys
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# PyTorch's CPU build is installed by the extra `test` below 3.12 only; there
+# a missing torch is an error, here its tests are left out.
+WITHOUT_TORCH = sys.version_info >= (3, 12)
+if WITHOUT_TORCH:
+  collect_ignore = ["models/test_parity.py", "models/test_real_weights.py"]
+
+
+def pytest_collection_modifyitems(config, items):
+  """Deselects what needs torch where torch is not installed."""
+  if not WITHOUT_TORCH:
+    return
+  dropped = [item for item in items if item.get_closest_marker("torch")]
+  items[:] = [item for item in items if item not in dropped]
+  config.hook.pytest_deselected(items=dropped)
 
 
 @pytest.fixture(scope="session")

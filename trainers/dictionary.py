@@ -139,14 +139,22 @@ class Plan:
   depth: int  # blocks that the harvest runs
 
 
-def prepare(config: Mapping[str, Any], model: models.ModelConfig) -> Plan:
-  """Checks a config against its model.
+def prepare(
+  config: Mapping[str, Any], model: models.ModelConfig | None = None
+) -> Plan:
+  """Checks a config against its model (by default, what its name tells).
 
   Raises:
     ValueError: unknown fields, sites, layers or sizes that do not fit.
   """
   fields.check(config, FIELDS)
+  if jax.process_count() > 1:
+    raise ValueError(
+      "A run on several hosts is not supported yet: each would have to write "
+      "its own part of the activations. Use the devices of one host."
+    )
   track.check(config["track"] or ())
+  model = model or models.describe(config["model"]["name"])
   acts, train = config["activations"], config["train"]
   where = {n: sites.parse(acts[n], model.num_layers) for n in ("read", "write")}
   if any(site.layer is None for site in where.values()):
@@ -203,7 +211,7 @@ def prepare(config: Mapping[str, Any], model: models.ModelConfig) -> Plan:
 
 def plan(config: Mapping[str, Any]) -> dict[str, Any]:
   """What a run would do and cost, for `--dry_run`; nothing is started."""
-  p = prepare(config, models.describe(config["model"]["name"]))
+  p = prepare(config)
   task = _task(p, store=None)
   shapes = jax.eval_shape(task.init, *task.init_shapes)
   opt = jax.eval_shape(task.optimizer.init, shapes[0])
@@ -275,8 +283,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   """
   workdir = pathlib.Path(workdir)
   config = json.loads(json.dumps(dict(config)))
-  fields.check(config, FIELDS)
-  p = prepare(config, models.describe(config["model"]["name"]))
+  prepare(config)
   fields.claim(workdir, config)
   if (workdir / "results.json").exists():
     log.info("%s is finished; nothing to do", workdir)
@@ -530,6 +537,7 @@ def _task(p: Plan, store, moments: _Moments | None = None) -> loop.Task:
     init_shapes=(key_shape, norm_shapes, ridge_shapes, example_shapes),
     loss=loss,
     optimizer=_optimizer(train),
+    learning_rate=_schedule(train),
     batches=batches,
     rule=_rule,
     shown=("loss", "fvu", "l0", "dead_fraction"),
@@ -548,25 +556,28 @@ def _rule(path: str, shape: tuple[int, ...]) -> P:
   return P()
 
 
-def _optimizer(train) -> optax.GradientTransformation:
+def _schedule(train) -> optax.Schedule:
+  """Linear warm-up from zero and linear decay to zero at the last step."""
   steps = train["steps"]
   warmup = max(1, round(train["warmup_fraction"] * steps))
   decay = max(1, round(train["decay_fraction"] * steps))
-  rate = train["learning_rate"]
 
   def schedule(step):
-    rise = (step + 1) / warmup
-    fall = (steps - step) / decay
-    return rate * jnp.clip(jnp.minimum(rise, fall), 0, 1)
+    shape = jnp.minimum((step + 1) / warmup, (steps - step) / decay)
+    return train["learning_rate"] * jnp.clip(shape, 0, 1)
 
-  def slower_skip(updates):
+  return schedule
+
+
+def _optimizer(train) -> optax.GradientTransformation:
+  def slower_skip(updates, params):
     slow = train["skip_learning_rate"]
     return {n: u * (slow if n == "W_skip" else 1) for n, u in updates.items()}
 
   return optax.chain(
     optax.scale_by_adam(train["beta1"], train["beta2"], train["epsilon"]),
-    optax.stateless(lambda updates, params: slower_skip(updates)),
-    optax.scale_by_learning_rate(schedule),
+    optax.stateless(slower_skip),
+    optax.scale_by_learning_rate(_schedule(train)),
   )
 
 

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gemma_jax import checkpoints, progress
+from gemma_jax import cache, checkpoints, progress
 from trainers.track import Trackers
 
 log = logging.getLogger("gemma_jax")
@@ -57,6 +57,7 @@ class Task:
     init_shapes: `jax.ShapeDtypeStruct` of each of them.
     loss: (params, extra, batch) -> (loss, (extra, metrics of scalars)).
     optimizer: of optax.
+    learning_rate: step -> rate, for the log.
     batches: start -> endless host batches from batch number `start`.
     rule: (path of a leaf, shape) -> PartitionSpec.
     shown: metrics for the progress bar.
@@ -67,6 +68,7 @@ class Task:
   init_shapes: tuple
   loss: Callable
   optimizer: optax.GradientTransformation
+  learning_rate: Callable[[jax.Array], jax.Array]
   batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
   rule: Callable[[str, tuple[int, ...]], P]
   shown: tuple[str, ...]
@@ -118,6 +120,9 @@ def train(
   by_row = NamedSharding(mesh, P(("data", "fsdp")))
 
   # ----------------------------------------------------------- checkpoint
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes.params))
+  # Parameters and two moments, in the checkpoints kept and the one written.
+  cache.require_space(workdir, 3 * size * (keep + 1), "The checkpoints")
   store = checkpoints.Checkpoints(workdir / "checkpoints", keep=keep)
   state, start = store.restore(checkpoints.abstract(shapes, shardings))
   store.delete_after(start)
@@ -144,6 +149,7 @@ def train(
     first_bad = jnp.where(bad, state.step, state.first_bad)
     metrics = {name: x / (since + 1) for name, x in sums.items()}
     metrics["first_bad"] = first_bad
+    metrics["learning_rate"] = task.learning_rate(state.step)
     new = State(state.step + 1, params, opt_state, extra, sums, first_bad)
     return new, metrics
 
@@ -174,7 +180,7 @@ def train(
         record.write(*pending)
         pending = None
       record.advance()
-      stop = _agreed(stopping, done % log_every == 0)
+      stop = bool(stopping)
       if done % log_every == 0 or done == steps:
         pending = done, metrics
       if done % checkpoint_every == 0 or done == steps or stop:
@@ -205,18 +211,6 @@ def _sigterm():
     signal.signal(signal.SIGTERM, before)
 
 
-def _agreed(stopping: list, at_log_step: bool) -> bool:
-  """Whether to stop now; several hosts agree on it, at log steps."""
-  if jax.process_count() == 1:
-    return bool(stopping)
-  if not at_log_step:
-    return False
-  from jax.experimental import multihost_utils
-
-  flags = multihost_utils.process_allgather(np.array(bool(stopping)))
-  return bool(np.any(flags))
-
-
 class _Record:
   """metrics.jsonl, the progress bar and the trackers."""
 
@@ -229,8 +223,7 @@ class _Record:
       text = "".join(json.dumps(row) + "\n" for row in kept)
       path.write_text(text)
     self._file = path.open("a")
-    self._main = jax.process_index() == 0
-    self._trackers = Trackers(track if self._main else (), workdir)
+    self._trackers = Trackers(track, workdir)
     self._batch, self._steps, self._shown = batch_size, steps, shown
     self._began, self._at = time.perf_counter(), start
     self._before = kept[-1].get("seconds", 0.0) if kept else 0.0
@@ -269,11 +262,12 @@ class _Record:
       **memory(),
     }
     shown = {name: f"{row[name]:.4g}" for name in self._shown}
-    self._bar.set_postfix({"step": f"{step}/{self._steps}", **shown})
-    if self._main:
-      self._file.write(json.dumps(row) + "\n")
-      self._file.flush()
-      self._trackers.write(step, row)
+    self._bar.set_postfix(
+      {"step": f"{step}/{self._steps}", **shown}, refresh=False
+    )
+    self._file.write(json.dumps(row) + "\n")
+    self._file.flush()
+    self._trackers.write(step, row)
 
   def close(self) -> None:
     self._bar.close()

@@ -18,6 +18,7 @@ from gemma_jax.activations.store import (
   MANIFEST,
   ActivationStore,
   Writer,
+  read_manifest,
 )
 from gemma_jax.data import Windows
 from gemma_jax.data import fingerprint as fingerprint_windows
@@ -112,6 +113,8 @@ def harvest(
     )
   width = _widths(model, capture)
   total = int(windows.mask.sum())
+  row = sum(width.values()) * jnp.dtype(dtype).itemsize
+  cache.require_space(path, total * row, "The activations")
   metadata = {
     "model": str(model.directory),
     "family": model.config.family,
@@ -119,12 +122,28 @@ def harvest(
     "context": int(windows.tokens.shape[1]),
     "compute_dtype": str(model.params["embed"].dtype),
   }
-  writer = Writer(path, rows=total, sites=width, dtype=dtype, metadata=metadata)
+  with Writer(
+    path, rows=total, sites=width, dtype=dtype, metadata=metadata
+  ) as writer:
+    _write(model, windows, capture, writer, batch_size, dtype)
+  store = ActivationStore.open(path)
+  log.info(
+    "activations: %d tokens at %.0f tokens/s to %s",
+    total,
+    store.tokens_per_second,
+    path,
+  )
+  return store
+
+
+def _write(model, windows, capture, writer, batch_size, dtype) -> None:
+  """Appends what `writer` has not committed yet."""
   rows_before = np.concatenate([[0], np.cumsum(windows.mask.sum(1))])
   # Batches keep their boundaries on resume, so that values keep their bits.
   done = int(np.searchsorted(rows_before, writer.committed, "right")) - 1
   first = done // batch_size * batch_size
   surplus = writer.committed - int(rows_before[first])
+  total = int(rows_before[-1])
   bar = progress.bar(total, "harvest", unit="tokens", initial=writer.committed)
   ahead = None
   for start in [*range(first, len(windows.tokens), batch_size), None]:
@@ -141,24 +160,19 @@ def harvest(
       writer.append(rows)
       bar.update(len(rows["token"]))
     ahead = launched
-  writer.close()
   bar.close()
-  store = ActivationStore.open(path)
-  log.info(
-    "activations: %d tokens at %.0f tokens/s to %s",
-    total,
-    store.tokens_per_second,
-    path,
-  )
-  return store
 
 
 def is_complete(path: str | os.PathLike) -> bool:
-  """Whether a store is there with all its rows."""
+  """Whether a store is there with all its rows.
+
+  Raises:
+    ValueError: its manifest is damaged.
+  """
   path = pathlib.Path(path)
   if not (path / MANIFEST).exists():
     return False
-  manifest = json.loads((path / MANIFEST).read_text())
+  manifest = read_manifest(path)
   return manifest["committed"] == manifest["rows"]
 
 

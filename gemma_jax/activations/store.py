@@ -19,6 +19,15 @@ from gemma_jax.activations.stream import Stream
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+FIELDS = {
+  "format",
+  "rows",
+  "committed",
+  "seconds",
+  "sites",
+  "dtype",
+  "metadata",
+}
 SHARD_ROWS = 16_384  # one file, written at once
 CHUNK_ROWS = 1_024  # the least that is read at once
 # What stands beside every vector, int32 [N] each.
@@ -29,6 +38,9 @@ def _spec(directory: pathlib.Path, name: str) -> dict[str, Any]:
   return {
     "driver": "zarr3",
     "kvstore": {"driver": "file", "path": f"{directory / name}/"},
+    # A file that is gone is an error and not zeros; so zeros are stored too.
+    "fill_missing_data_reads": False,
+    "store_data_equal_to_fill_value": True,
   }
 
 
@@ -57,7 +69,13 @@ def _write_manifest(directory: pathlib.Path, manifest: Mapping) -> None:
   partial.rename(directory / MANIFEST)
 
 
-def _read_manifest(directory: pathlib.Path) -> dict[str, Any]:
+def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
+  """What a store says of itself, checked.
+
+  Raises:
+    FileNotFoundError: no store there.
+    ValueError: damaged, or of another format.
+  """
   path = directory / MANIFEST
   if not path.exists():
     raise FileNotFoundError(
@@ -68,12 +86,20 @@ def _read_manifest(directory: pathlib.Path) -> dict[str, Any]:
     manifest = json.loads(path.read_text())
     if manifest["format"] != FORMAT:
       raise ValueError(f"format {manifest['format']}, expected {FORMAT}")
+    missing = sorted(FIELDS - set(manifest))
+    if missing:
+      raise ValueError(f"it lacks {', '.join(missing)}")
     return manifest
   except (ValueError, KeyError, TypeError) as e:
     raise ValueError(
       f"{path} is damaged or of another version ({e}). Delete {directory} "
       "and harvest again."
     ) from e
+
+
+def _reason(error: ValueError) -> str:
+  """TensorStore's message without the specification that it appends."""
+  return str(error).split(" [tensorstore_spec=")[0]
 
 
 class ActivationStore:
@@ -96,7 +122,7 @@ class ActivationStore:
       ValueError: incomplete or damaged; says what to do.
     """
     path = pathlib.Path(path)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     rows = manifest["rows"]
     if manifest["committed"] != rows:
       raise ValueError(
@@ -105,7 +131,13 @@ class ActivationStore:
       )
     arrays = {}
     for name in (*manifest["sites"], *LABELS):
-      array = ts.open(_spec(path, name), read=True, open=True).result()
+      try:
+        array = ts.open(_spec(path, name), read=True, open=True).result()
+      except ValueError as e:
+        raise ValueError(
+          f"{path}/{name} is missing or damaged ({_reason(e)}). Delete the "
+          "store and harvest again."
+        ) from e
       if array.shape[0] != rows:
         raise ValueError(
           f"{path}/{name} has {array.shape[0]} rows and the manifest says "
@@ -142,17 +174,20 @@ class ActivationStore:
     """
     if not 0 <= start <= stop <= len(self):
       raise IndexError(f"Rows {start}:{stop} of a store of {len(self)} rows.")
-    future = self.read_async(start, stop, site)
+    return self.finish(self.read_async(start, stop, site), site)
+
+  def finish(self, future: ts.Future, site: str) -> np.ndarray:
+    """Waits for a future of `read_async`; raises OSError as `read` does."""
     try:
       return future.result()
     except ValueError as e:
       raise OSError(
-        f"{self.path}: rows {start}:{stop} of {site!r} cannot be read ({e}). "
-        "Delete the store and harvest again."
+        f"{self.path}: {site!r} cannot be read ({_reason(e)}). Delete the "
+        "store and harvest again."
       ) from e
 
   def read_async(self, start: int, stop: int, site: str) -> ts.Future:
-    """As `read`, but returns at once with a TensorStore future."""
+    """As `read`, but returns at once with a future for `finish`."""
     if site not in self._arrays:
       raise KeyError(
         f"{self.path} has no site {site!r}; it has "
@@ -185,6 +220,9 @@ class ActivationStore:
 class Writer:
   """Writes a store from the first row to the last; resumes where it was cut.
 
+  As a context manager it closes itself, and after an error only lets go of
+  the store, so that the next writer can go on.
+
   Args:
     directory: the store; made if need be.
     rows: N, known beforehand.
@@ -212,6 +250,7 @@ class Writer:
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
+      self._lock.close()
       raise BlockingIOError(
         f"Another process is writing {self.directory}. Wait for it, then run "
         "again: its store will be used."
@@ -225,10 +264,23 @@ class Writer:
       "dtype": dtype,
       "metadata": dict(metadata),
     }
+    try:
+      self._open(json.loads(json.dumps(new)))
+    except BaseException:
+      self._lock.close()
+      raise
+    self._buffers: dict[str, list[np.ndarray]] = {n: [] for n in self._arrays}
+    self._buffered = 0
+    self._in_flight = 0
+    self._pending: list[ts.Future] = []
+    self._began = time.perf_counter() - self._manifest["seconds"]
+
+  def _open(self, new: dict[str, Any]) -> None:
+    rows, dtype, sites = new["rows"], new["dtype"], new["sites"]
     kinds = {s: ((rows, d), dtype) for s, d in sites.items()}
     kinds |= {label: ((rows,), "int32") for label in LABELS}
     if (self.directory / MANIFEST).exists():
-      self._manifest = _read_manifest(self.directory)
+      self._manifest = read_manifest(self.directory)
       if self._manifest | {"committed": 0, "seconds": 0.0} != new:
         raise ValueError(
           f"{self.directory} was made by another harvest. Delete it, or use "
@@ -246,10 +298,17 @@ class Writer:
     self._arrays = {name: future.result() for name, future in opened.items()}
     if not (self.directory / MANIFEST).exists():
       _write_manifest(self.directory, new)
-    self._buffers: dict[str, list[np.ndarray]] = {name: [] for name in kinds}
-    self._buffered = 0
-    self._pending: list[ts.Future] = []
-    self._began = time.perf_counter() - self._manifest["seconds"]
+
+  def __enter__(self) -> "Writer":
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    if kind is None:
+      self.close()
+      return
+    for future in self._pending:
+      future.exception()  # waits, so that nobody else writes meanwhile
+    self._lock.close()
 
   @property
   def committed(self) -> int:
@@ -257,10 +316,28 @@ class Writer:
     return self._manifest["committed"]
 
   def append(self, arrays: Mapping[str, np.ndarray]) -> None:
-    """Adds rows: every site [n, D] and every label [n]."""
+    """Adds rows: every site [n, D] and every label [n].
+
+    Raises:
+      ValueError: arrays missing or unknown, or of different lengths, or more
+        rows than were announced.
+    """
+    lengths = {name: len(x) for name, x in arrays.items()}
+    if set(lengths) != set(self._buffers) or len({*lengths.values()}) != 1:
+      raise ValueError(
+        f"Expected rows of {', '.join(self._buffers)}, equally many of each; "
+        f"got {lengths}."
+      )
+    new = lengths[LABELS[0]]
+    there = self.committed + self._in_flight + self._buffered
+    if there + new > self._manifest["rows"]:
+      raise ValueError(
+        f"{self.directory}: {there + new} rows arrived of "
+        f"{self._manifest['rows']} that were announced."
+      )
     for name, x in arrays.items():
       self._buffers[name].append(x)
-    self._buffered += len(arrays[LABELS[0]])
+    self._buffered += new
     while self._buffered >= SHARD_ROWS:
       self._flush(SHARD_ROWS)
 
@@ -270,15 +347,15 @@ class Writer:
     Raises:
       ValueError: fewer rows arrived than were announced.
     """
-    if self._buffered:
-      self._flush(self._buffered)
-    self._settle()
+    with self._lock:
+      if self._buffered:
+        self._flush(self._buffered)
+      self._settle()
     if self.committed != self._manifest["rows"]:
       raise ValueError(
         f"{self.directory}: {self.committed} rows arrived of "
         f"{self._manifest['rows']} that were announced."
       )
-    self._lock.close()
 
   def _flush(self, rows: int) -> None:
     # At most one shard in flight: the next is gathered while it is written.
@@ -300,5 +377,6 @@ class Writer:
       future.result()
     self._pending = []
     self._manifest["committed"] += self._in_flight
+    self._in_flight = 0
     self._manifest["seconds"] = time.perf_counter() - self._began
     _write_manifest(self.directory, self._manifest)

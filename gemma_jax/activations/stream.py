@@ -108,7 +108,10 @@ class Stream:
     left = {site: [] for site in self._sites}
     held = 0
     while index < len(buffers):
-      data = {s: [f.result() for f in fs] for s, fs in upcoming.items()}
+      data = {
+        site: [self._store.finish(future, site) for future in futures]
+        for site, futures in upcoming.items()
+      }
       if index + 1 < len(buffers):
         upcoming = self._read(buffers[index + 1])
       data = {site: np.concatenate(parts) for site, parts in data.items()}

@@ -120,12 +120,23 @@ def prefix_widths(
 
 
 def from_dict(fields: Mapping[str, Any]) -> DictionaryConfig:
-  """A `DictionaryConfig` from JSON; unknown fields are refused by name."""
+  """A `DictionaryConfig` from JSON.
+
+  Raises:
+    ValueError: unknown or missing fields, by name; values that do not fit.
+  """
   known = {field.name for field in dataclasses.fields(DictionaryConfig)}
   for name in fields:
     if name not in known:
       near = difflib.get_close_matches(name, known, n=1)
       hint = f" Did you mean {near[0]!r}?" if near else ""
       raise ValueError(f"A dictionary has no field {name!r}.{hint}")
+  missing = [
+    field.name
+    for field in dataclasses.fields(DictionaryConfig)
+    if field.default is dataclasses.MISSING and field.name not in fields
+  ]
+  if missing:
+    raise ValueError(f"A dictionary needs {', '.join(missing)}.")
   widths = tuple(fields["prefix_widths"])
   return DictionaryConfig(**{**fields, "prefix_widths": widths})

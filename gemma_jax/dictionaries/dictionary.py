@@ -85,7 +85,15 @@ def load(path: str | os.PathLike, *, format: str | None = None) -> Dictionary:
       f"{directory} holds no dictionary: it has no {CONFIG}. Pass a workdir "
       "whose training has finished, or a directory that save() wrote."
     )
-  cfg = config_lib.from_dict(json.loads((directory / CONFIG).read_text()))
+  try:
+    fields = json.loads((directory / CONFIG).read_text())
+    cfg = config_lib.from_dict(fields)
+  except ValueError as e:
+    raise ValueError(f"{directory / CONFIG}: {e}") from e
+  if not (directory / WEIGHTS).exists():
+    raise FileNotFoundError(
+      f"{directory} has a {CONFIG} and no {WEIGHTS}. Copy it there too."
+    )
   tensors = safetensors.open_file(directory / WEIGHTS)
   shapes = cfg.shapes()
   if cfg.activation == "batchtopk":

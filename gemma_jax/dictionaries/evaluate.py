@@ -121,7 +121,7 @@ def evaluate(
     norms["reconstruction"].append(np.linalg.norm(recs[-1], axis=-1))
     norms["error"].append(np.linalg.norm(y - recs[-1], axis=-1))
     bar.update(stop - start)
-    bar.set_postfix(fvu=f"{prefixes[-1].compute():.4f}")
+    bar.set_postfix(fvu=f"{prefixes[-1].compute():.4f}", refresh=False)
   bar.close()
   full = prefixes[-1]
   by_prefix = [running.compute() for running in prefixes]

@@ -47,7 +47,10 @@ class Moments:
 
   def __add__(self, other: "Moments") -> "Moments":
     """Sums of both; the two must share their shifts."""
-    if not np.array_equal(self.shift_x, other.shift_x):
+    if not (
+      np.array_equal(self.shift_x, other.shift_x)
+      and np.array_equal(self.shift_y, other.shift_y)
+    ):
       raise ValueError("Moments with different shifts cannot be added.")
     return dataclasses.replace(
       self,
@@ -152,6 +155,8 @@ def fit_ridge(fit: Moments, validation: Moments) -> Ridge:
     for penalty in penalties:
       # Directions without variance carry no map; they must not blow up.
       floor = np.maximum(values + penalty * scale, 1e-9 * scale)
+      # A constant input has no variance at all: its map is zero, not NaN.
+      floor = np.maximum(floor, np.finfo(np.float64).tiny)
       linear = vectors @ (projected / floor[:, None])
       yield penalty, linear, m.mean_y - m.mean_x @ linear
 

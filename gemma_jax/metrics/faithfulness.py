@@ -71,7 +71,7 @@ def spliced_cross_entropy(
           totals += _losses(model.config, model.params, *block)
     count += int(mask[part][:, 1:].sum())
     bar.update(count - bar.n)
-    bar.set_postfix(ce=f"{totals[0, 0] / max(count, 1):.4f}")
+    bar.set_postfix(ce=f"{totals[0, 0] / max(count, 1):.4f}", refresh=False)
   bar.close()
   means = totals / max(count, 1)
   return {

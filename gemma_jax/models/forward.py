@@ -53,18 +53,27 @@ def forward(
 
   Raises:
     ValueError: a site or layer that does not exist, or one past `stop_at`;
-      layers that are not loaded; tokens that are not [B, T].
+      layers that are not loaded; one site edited under two names; tokens
+      that are not integers [B, T], or a mask of another shape.
   """
-  if tokens.ndim != 2:
-    raise ValueError(f"tokens must be [B, T]; got shape {tokens.shape}.")
+  check_tokens(tokens)
+  if mask is not None and mask.shape != tokens.shape:
+    raise ValueError(
+      f"mask must be [B, T] as tokens are, {tokens.shape}; got {mask.shape}."
+    )
   depth = _depth(cfg, params, stop_at)
   wanted = {name: sites_lib.parse(name, cfg.num_layers) for name in capture}
-  changes = {
-    sites_lib.parse(name, cfg.num_layers): _as_function(name, edit)
-    for name, edit in (edits or {}).items()
-  }
+  changes = {}
+  for name, edit in (edits or {}).items():
+    site = sites_lib.parse(name, cfg.num_layers)
+    if site in changes:
+      raise ValueError(
+        f"{site} is edited twice, the second time as {name!r}. Make one "
+        "function of the two."
+      )
+    changes[site] = _as_function(name, edit)
   for name, site in wanted.items() | {str(s): s for s in changes}.items():
-    if site.layer is not None and site.layer >= depth:
+    if (site.layer or 0) >= depth:
       raise ValueError(
         f"Site {name!r} lies past stop_at={stop_at!r}: only the first {depth} "
         "blocks run."
@@ -92,6 +101,15 @@ def unembed(cfg: ModelConfig, params, x: jax.Array) -> jax.Array:
 def num_loaded(params) -> int:
   """How many layers the stacked parameters hold."""
   return params["blocks"]["pre_attn_norm"].shape[0]
+
+
+def check_tokens(tokens) -> None:
+  """Raises ValueError unless `tokens` are integers [B, T]."""
+  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(
+      f"tokens must be integers [B, T]; got {tokens.dtype} of shape "
+      f"{tokens.shape}."
+    )
 
 
 def _depth(cfg, params, stop_at) -> int:

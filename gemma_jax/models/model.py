@@ -17,7 +17,12 @@ from jax.sharding import Mesh
 from gemma_jax.models import config as config_lib
 from gemma_jax.models import gguf, random, sharding, weights
 from gemma_jax.models.config import ModelConfig
-from gemma_jax.models.forward import forward, num_loaded, unembed
+from gemma_jax.models.forward import (
+  check_tokens,
+  forward,
+  num_loaded,
+  unembed,
+)
 from gemma_jax.models.sites import Edit
 
 log = logging.getLogger("gemma_jax")
@@ -83,7 +88,7 @@ class Model:
         self.config,
         self.params,
         self._put(tokens),
-        None if mask is None else jnp.asarray(mask),
+        None if mask is None else jnp.asarray(mask, bool),
         tuple(capture),
         tuple((edits or {}).items()),
         stop_at,
@@ -113,7 +118,15 @@ class Model:
 
     Returns:
       int32 [B, T + max_new_tokens].
+
+    Raises:
+      ValueError: a negative length or temperature; see `forward`.
     """
+    if max_new_tokens < 0 or temperature < 0:
+      raise ValueError(
+        f"max_new_tokens={max_new_tokens} and temperature={temperature} must "
+        "not be negative."
+      )
     with jax.set_mesh(self.mesh):
       out = _generate(
         self.config,
@@ -128,13 +141,16 @@ class Model:
 
   def _put(self, tokens) -> jax.Array:
     if isinstance(tokens, jax.Array):
+      check_tokens(tokens)
       return tokens
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+    try:
+      tokens = np.asarray(tokens)
+    except ValueError as e:
       raise ValueError(
-        f"tokens must be integers [B, T]; got {tokens.dtype} of shape "
-        f"{tokens.shape}."
-      )
+        f"tokens must be integers [B, T], rows of one length ({e}). Pad them "
+        "and pass a mask."
+      ) from e
+    check_tokens(tokens)
     vocab = self.config.vocab_size
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab:
       raise ValueError(

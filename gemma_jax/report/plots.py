@@ -124,6 +124,9 @@ def training_curves_figure(metrics: Sequence[Mapping]) -> Figure:
     marker = "o" if len(points) == 1 else ""
     axes.plot(*points.T, color=BLUE, linewidth=1.4, marker=marker, markersize=4)
     _dress(axes, x=x_label, y=_PANELS[key])
+    if np.ptp(y) < 0.01 * abs(y.mean()):
+      # A quantity held constant: do not blow rounding up to a curve.
+      axes.set_ylim(*sorted((0.9 * y.mean(), 1.1 * y.mean())))
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.locator_params(axis="x", nbins=5)
     if key in ("loss", "fvu", "l0") and y.min() > 0 and y.max() > 20 * y.min():

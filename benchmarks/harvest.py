@@ -1,0 +1,125 @@
+"""Tokens per second of harvesting one layer: ours against transformers.
+
+  python benchmarks/harvest.py [--layer=9] [--rounds=5] [--json]
+
+The same weights, windows and two sites (`mlp_in`, `mlp_out`) in float32; both
+stop after the layer, as users of either would do. The two take turns, and
+their values must agree.
+"""
+
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from absl import app, flags
+
+from gemma_jax import data, models
+from gemma_jax.activations.harvest import _sites
+from gemma_jax.models.model import DEMO
+
+LAYER = flags.DEFINE_integer("layer", 9, "Layer to harvest.")
+BATCH = flags.DEFINE_integer("batch", 8, "Windows in a forward pass.")
+CONTEXT = flags.DEFINE_integer("context", 256, "Tokens in a window.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each is run.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+
+
+def peer(directory, layer, attention):
+  """A function from tokens to the two sites, by forward hooks."""
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    directory, attn_implementation=attention, dtype=torch.float32
+  ).eval()
+  inner = model.model
+  inner.layers = inner.layers[: layer + 1]
+  inner.config.num_hidden_layers = layer + 1
+  found = {}
+
+  def keep(name):
+    def hook(module, args, out):
+      found[name] = out
+
+    return hook
+
+  block = inner.layers[layer]
+  block.pre_feedforward_layernorm.register_forward_hook(keep("mlp_in"))
+  block.post_feedforward_layernorm.register_forward_hook(keep("mlp_out"))
+
+  @torch.no_grad()
+  def run(tokens):
+    inner(torch.from_numpy(tokens), use_cache=False)
+    return {name: x.numpy() for name, x in found.items()}
+
+  return run
+
+
+def main(_):
+  directory = models.resolve(DEMO)
+  layer = LAYER.value
+  names = {n: f"blocks.{layer}.{n}" for n in ("mlp_in", "mlp_out")}
+  model = models.load_model(directory, dtype="float32", layers=layer + 1)
+  windows = data.make_windows(
+    data.sample(data.builtin(), seed=0),
+    model.tokenizer.backend_tokenizer,
+    context=CONTEXT.value,
+    max_tokens=BATCH.value * (CONTEXT.value - 1),
+    bos_id=2,
+    pad_id=0,
+  )
+  tokens = windows.tokens[: BATCH.value]
+  capture = tuple(names.values())
+
+  def ours(tokens):
+    found = _sites(
+      model.config, model.params, tokens, capture, jnp.dtype("float32")
+    )
+    return {n: np.asarray(found[site]) for n, site in names.items()}
+
+  runs = {"ours": ours} | {
+    f"transformers {kind}": peer(directory, layer, kind)
+    for kind in ("eager", "sdpa")
+  }
+  values = {name: run(tokens) for name, run in runs.items()}  # and warm up
+  gap = max(
+    float(np.abs(values["ours"][n] - other[n]).max() / np.abs(other[n]).max())
+    for other in values.values()
+    for n in names
+  )
+  seconds = {name: [] for name in runs}
+  for _ in range(ROUNDS.value):
+    for name, run in runs.items():
+      began = time.perf_counter()
+      run(tokens)
+      seconds[name].append(time.perf_counter() - began)
+  rates = {n: tokens.size / float(np.median(s)) for n, s in seconds.items()}
+  best = max(rate for name, rate in rates.items() if name != "ours")
+  flops = model.config.flops_per_token(layer + 1, CONTEXT.value, unembed=False)
+  result = {
+    "name": "harvest",
+    "ours": rates["ours"],
+    "peers": {n: r for n, r in rates.items() if n != "ours"},
+    "unit": "tokens/s",
+    "ratio": rates["ours"] / best,
+    "equal": gap < 1e-4,
+    "relative_gap": gap,
+    "gflops_per_second": rates["ours"] * flops / 1e9,
+    "device": str(jax.devices()[0]),
+  }
+  if JSON.value:
+    print(json.dumps(result))
+    return
+  for name, rate in rates.items():
+    print(f"{name:24} {rate:10.0f} tokens/s")
+  print(
+    f"ratio to the best peer {result['ratio']:.2f}; largest relative gap "
+    f"{gap:.1e}; {result['gflops_per_second']:.0f} GFLOP/s"
+  )
+  if not result["equal"]:
+    raise SystemExit("the two do not compute the same thing")
+
+
+if __name__ == "__main__":
+  app.run(main)

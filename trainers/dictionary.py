@@ -159,6 +159,14 @@ def prepare(
   where = {n: sites.parse(acts[n], model.num_layers) for n in ("read", "write")}
   if any(site.layer is None for site in where.values()):
     raise ValueError("activations.read and .write name one layer each, not *.")
+  read, write = where["read"], where["write"]
+  order = sites.NAMES.index
+  if read.layer != write.layer or order(read.name) > order(write.name):
+    raise ValueError(
+      f"activations.read={acts['read']} and activations.write={acts['write']} "
+      "must be in one block, what is read not after what is written. In "
+      f"order: {', '.join(sites.NAMES)}."
+    )
   if acts["dtype"] not in ("bfloat16", "float32"):
     raise ValueError(
       f"activations.dtype {acts['dtype']!r}; expected 'bfloat16' or 'float32'."
@@ -488,7 +496,11 @@ def _task(p: Plan, store, moments: _Moments | None = None) -> loop.Task:
     *(shape(s, f32) for s in ((d,), (d, d), (e,), ()))
   )
   ridge_shapes = (shape((d, e), f32), shape((e,), f32))
-  example_shapes = (shape((rows, d), f32), shape((rows, e), f32))
+  example_shapes = (
+    shape((rows, d), f32),
+    shape((rows, e), f32),
+    shape((rows,), bool),
+  )
   key_shape = jax.eval_shape(lambda: jax.random.key(0))
 
   def init(key, norm, ridge, examples):
@@ -507,11 +519,11 @@ def _task(p: Plan, store, moments: _Moments | None = None) -> loop.Task:
       moments.total, train["normalise"], epsilon=train["whiten_epsilon"]
     )
     batch = next(store.stream(rows, p.config["seed"] + 1))
-    examples = tuple(
-      np.asarray(batch[site], np.float32) for site in (cfg.read, cfg.write)
-    )
+    x, y = (np.asarray(batch[s], np.float32) for s in (cfg.read, cfg.write))
+    first = np.zeros(rows, bool)
+    first[np.unique(x, axis=0, return_index=True)[1]] = True
     ridge = (moments.ridge.linear, moments.ridge.bias)
-    return jax.random.key(p.config["seed"]), norm, ridge, examples
+    return jax.random.key(p.config["seed"]), norm, ridge, (x, y, first)
 
   def loss(params, state, batch):
     hyper = {"aux_coefficient": cfg.aux_coefficient}

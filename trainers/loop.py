@@ -144,7 +144,7 @@ def train(
       name: jnp.where(since == 0, 0, state.sums[name]) + x
       for name, x in now.items()
     }
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(updates))
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
     bad = (state.first_bad < 0) & ~finite
     first_bad = jnp.where(bad, state.step, state.first_bad)
     metrics = {name: x / (since + 1) for name, x in sums.items()}

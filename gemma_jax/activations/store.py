@@ -18,7 +18,8 @@ import tensorstore as ts
 from gemma_jax.activations.stream import Stream
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+CODECS = [{"name": "bytes"}, {"name": "crc32c"}]  # a checksum for each chunk
 FIELDS = {
   "format",
   "rows",
@@ -56,7 +57,7 @@ def _create(directory, name, shape, dtype):
       write_chunk_shape=[SHARD_ROWS, *rest],
       read_chunk_shape=[CHUNK_ROWS, *rest],
     ),
-    codec=ts.CodecSpec({"driver": "zarr3", "codecs": [{"name": "bytes"}]}),
+    codec=ts.CodecSpec({"driver": "zarr3", "codecs": CODECS}),
   )
 
 

@@ -31,7 +31,7 @@ class Stream:
     buffer_rows: rows held in memory; twice as many while the next is read.
 
   Raises:
-    ValueError: the store is shorter than one batch.
+    ValueError: a batch of no rows, or a store shorter than one batch.
   """
 
   def __init__(
@@ -44,6 +44,8 @@ class Stream:
     start: int = 0,
     buffer_rows: int = 2**18,
   ):
+    if batch_size < 1:
+      raise ValueError(f"batch_size={batch_size} must be at least 1.")
     if len(store) < batch_size:
       raise ValueError(
         f"{store.path} has {len(store)} rows, fewer than one batch of "

@@ -96,7 +96,7 @@ def init(
   key: jax.Array,
   norm: Normalisation,
   ridge: Ridge | None = None,
-  examples: tuple[np.ndarray, np.ndarray] | None = None,
+  examples: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
   *,
   encoder_norm: float = 1.0,
   decoder_norm: float = 0.1,
@@ -113,8 +113,9 @@ def init(
     key: random key.
     norm: constants of the coordinates.
     ridge: the affine map in raw coordinates; None starts from zero.
-    examples: at least M rows of raw x [n, D] and y [n, E]; None draws random
-      directions.
+    examples: at least M rows of raw x [n, D] and y [n, E], and bool [n]: False
+      at repeats of an earlier row, which would start latents that are always
+      tied. None draws random directions.
     encoder_norm: norm of every latent's encoder.
     decoder_norm: norm of every decoder row.
 
@@ -134,13 +135,14 @@ def init(
     rows = jax.random.normal(enc_key, (cfg.width, cfg.d_in), f32)
     dec = jax.random.normal(dec_key, (cfg.width, cfg.d_out), f32)
   else:
-    x, y = normalise(norm, *map(jnp.asarray, examples))
+    x, y, first = map(jnp.asarray, examples)
+    x, y = normalise(norm, x, y)
     left = y - x @ skip - b_dec
     if len(x) < cfg.width:
       raise ValueError(
         f"{len(x)} examples cannot start {cfg.width} latents; harvest more."
       )
-    weight = jnp.sum(left * left, axis=-1)
+    weight = jnp.sum(left * left, axis=-1) * first
     chosen = jax.random.choice(
       key, len(x), (cfg.width,), replace=False, p=weight / weight.sum()
     )

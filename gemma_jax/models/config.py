@@ -207,6 +207,18 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
+# What released multimodal checkpoints leave out of their text_config: the
+# defaults of Gemma3TextConfig (transformers, configuration_gemma3.py).
+_TEXT_DEFAULTS = {
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "head_dim": 256,
+  "vocab_size": 262_208,
+  "query_pre_attn_scalar": 256,
+  "max_position_embeddings": 131_072,
+}
+
+
 def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
   """A `ModelConfig` from the contents of a Hugging Face config.json.
 
@@ -222,8 +234,14 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     ValueError: an architecture, activation, RoPE type or attention that is
       not supported (named), or a field that is missing (named).
   """
+  if not isinstance(hf, Mapping):
+    raise ValueError(f"Expected a JSON object; got {type(hf).__name__}.")
   architectures = hf.get("architectures") or []
-  hf = hf.get("text_config") or hf
+  tied = hf.get("tie_word_embeddings")
+  if hf.get("text_config"):
+    hf = hf["text_config"]
+    if hf.get("model_type") == "gemma3_text":
+      hf = _TEXT_DEFAULTS | hf
   kind = hf.get("model_type")
   families = {"gemma2": "gemma2", "gemma3_text": "gemma3", "gemma3": "gemma3"}
   if kind not in families:
@@ -246,8 +264,7 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
   if hf.get("attention_bias"):
     raise ValueError("attention_bias=true is not supported; expected false.")
-
-  if hf.get("tie_word_embeddings") is False:
+  if False in (tied, hf.get("tie_word_embeddings")):
     raise ValueError(
       "tie_word_embeddings=false is not supported; every released Gemma ties "
       "its head to the embedding."
@@ -372,7 +389,8 @@ def _rope(hf, family) -> tuple[tuple[float, float], tuple[float, float]]:
     local = read(by_type.get("sliding_attention"), 10_000.0)
     both = local, read(by_type["full_attention"], 1_000_000.0)
   elif family == "gemma2":
-    one = read(by_type, hf.get("rope_theta") or 10_000.0)
+    scaling = by_type or hf.get("rope_scaling")
+    one = read(scaling, hf.get("rope_theta") or 10_000.0)
     both = one, one
   else:
     theta = hf.get("rope_theta") or 1_000_000.0

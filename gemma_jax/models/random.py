@@ -63,7 +63,8 @@ def checkpoint(preset: str, *, seed: int = 0) -> pathlib.Path:
   cfg = presets[preset]
   hf = config_lib.to_hf_config(cfg)
   (partial / "config.json").write_text(json.dumps(hf, indent=2))
-  params = init(cfg, jax.random.key(seed))
+  # Without jit, flax would also run the blocks to learn their parameters.
+  params = jax.jit(init, static_argnums=0)(cfg, jax.random.key(seed))
   weights.save(partial, jax.tree.map(np.asarray, params), cfg)
   _byte_tokenizer(partial)
   try:

@@ -64,7 +64,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Splice:
-  """An edit that reads an earlier site of the same block.
+  """An edit that reads an earlier site of the same block, or the same site.
 
   `fn(read, value)` returns what replaces `value`; a transcoder takes the
   MLP's place with

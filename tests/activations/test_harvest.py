@@ -1,0 +1,312 @@
+"""Harvested rows are the model's sites at the positions that count."""
+
+import dataclasses
+import importlib
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_jax import models
+from gemma_jax.activations import (
+  ActivationStore,
+  harvest,
+  is_complete,
+  store_path,
+)
+from gemma_jax.activations import store as store_lib
+from gemma_jax.data import Windows
+
+SITES = ("blocks.1.mlp_in", "blocks.1.mlp_out")
+BOS, PAD, CONTEXT = 2, 0, 12
+harvest_lib = importlib.import_module("gemma_jax.activations.harvest")
+
+
+def make_windows(count, seed=0):
+  """Windows of 12 tokens of three documents, each padded by its own amount."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(4, 200, (count, CONTEXT)).astype(np.int32)
+  tokens[:, 0] = BOS
+  mask = np.ones((count, CONTEXT), bool)
+  mask[:, 0] = False
+  document = np.sort(rng.integers(0, 3, (count, 1)), axis=0)
+  document = np.repeat(document, CONTEXT, 1).astype(np.int32)
+  for i, length in enumerate(rng.integers(1, CONTEXT, count)):
+    tokens[i, length:], mask[i, length:] = PAD, False
+    document[i, length:] = -1
+  names = tuple((f"id{i}", "source", f"name{i}") for i in range(3))
+  return Windows(tokens, mask, document, names)
+
+
+@pytest.fixture(scope="module", params=["gemma2-tiny", "gemma3-tiny"])
+def model(request, one_device):
+  return models.load_model(f"random:{request.param}", mesh=one_device)
+
+
+@pytest.fixture(scope="module")
+def gemma2(one_device):
+  return models.load_model("random:gemma2-tiny", mesh=one_device)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+  """Shards of 20 rows, so that a few windows fill several."""
+  monkeypatch.setattr(store_lib, "SHARD_ROWS", 20)
+  monkeypatch.setattr(store_lib, "CHUNK_ROWS", 10)
+
+
+def read_all(store):
+  names = (*store.sites, *store_lib.LABELS)
+  return {name: store.read(0, len(store), name) for name in names}
+
+
+def test_rows_are_the_sites_at_unmasked_positions_in_order(model, tmp_path):
+  windows = make_windows(7)
+  store = harvest(
+    model, windows, SITES, tmp_path / "s", batch_size=3, dtype="float32"
+  )
+  assert len(store) == windows.num_tokens
+  _, sites = model.forward(windows.tokens, capture=SITES)
+  for site in SITES:
+    expected = np.asarray(sites[site])[windows.mask]
+    got = store.read(0, len(store), site)
+    # Batches of another size may sum in another order.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
+
+
+def test_stored_bfloat16_is_float32_rounded(gemma2, tmp_path):
+  windows = make_windows(4)
+  exact, rounded = (
+    harvest(
+      gemma2, windows, SITES, tmp_path / dtype, batch_size=2, dtype=dtype
+    ).read(0, windows.num_tokens, SITES[0])
+    for dtype in ("float32", "bfloat16")
+  )
+  assert rounded.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))
+
+
+def test_labels_say_token_document_and_position(gemma2, tmp_path):
+  windows = make_windows(6)
+  rows = read_all(harvest(gemma2, windows, SITES, tmp_path, batch_size=4))
+  expected = [
+    (windows.tokens[w, t], windows.document[w, t], t)
+    for w in range(6)
+    for t in range(CONTEXT)
+    if windows.mask[w, t]
+  ]
+  got = zip(rows["token"], rows["document"], rows["position"], strict=True)
+  assert list(got) == expected
+
+
+def test_neither_bos_nor_padding_is_stored(gemma2, tmp_path):
+  store = harvest(gemma2, make_windows(6), SITES, tmp_path, batch_size=2)
+  rows = read_all(store)
+  assert not np.isin(rows["token"], [BOS, PAD]).any()
+  assert rows["position"].min() >= 1
+  assert rows["document"].min() >= 0
+
+
+def test_the_store_says_what_made_it(gemma2, tmp_path):
+  store = harvest(gemma2, make_windows(3), SITES, tmp_path, batch_size=2)
+  assert store.metadata == {
+    "model": str(gemma2.directory),
+    "family": gemma2.config.family,
+    "documents": 3,
+    "context": CONTEXT,
+    "compute_dtype": "float32",
+  }
+  assert store.sites == dict.fromkeys(SITES, gemma2.config.width)
+
+
+def test_sites_of_different_layers_and_widths_go_together(gemma2, tmp_path):
+  capture = ("blocks.0.mlp_hidden", "blocks.2.resid_post")
+  windows = make_windows(3)
+  store = harvest(
+    gemma2, windows, capture, tmp_path, batch_size=3, dtype="float32"
+  )
+  _, sites = gemma2.forward(windows.tokens, capture=capture)
+  for site in capture:
+    expected = np.asarray(sites[site])[windows.mask]
+    got = store.read(0, len(store), site)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
+  assert store.sites[capture[0]] != store.sites[capture[1]]
+
+
+def test_layers_past_the_last_site_need_not_be_loaded(
+  gemma2, one_device, tmp_path
+):
+  windows = make_windows(4)
+  half = models.load_model("random:gemma2-tiny", mesh=one_device, layers=2)
+  a = harvest(gemma2, windows, SITES, tmp_path / "a", batch_size=4)
+  b = harvest(half, windows, SITES, tmp_path / "b", batch_size=4)
+  for name, x in read_all(a).items():
+    np.testing.assert_array_equal(x, read_all(b)[name])
+
+
+def test_eight_devices_store_what_one_stores(gemma2, tmp_path):
+  windows = make_windows(11)
+  mesh = models.make_mesh({"data": 4, "fsdp": 2}, jax.devices())
+  spread = models.load_model("random:gemma2-tiny", mesh=mesh)
+  one, eight = (
+    read_all(
+      harvest(m, windows, SITES, tmp_path / n, batch_size=8, dtype="float32")
+    )
+    for n, m in (("one", gemma2), ("eight", spread))
+  )
+  for name, x in one.items():
+    np.testing.assert_allclose(eight[name], x, rtol=0, atol=2e-5)
+
+
+def test_a_complete_store_needs_no_model(gemma2, tmp_path):
+  windows = make_windows(4)
+  before = read_all(harvest(gemma2, windows, SITES, tmp_path, batch_size=2))
+  after = read_all(harvest(None, windows, SITES, tmp_path, batch_size=2))
+  for name, x in before.items():
+    np.testing.assert_array_equal(after[name], x)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 4, 5])
+def test_an_interrupted_harvest_ends_as_one_left_alone(
+  batches, gemma2, small_shards, tmp_path, monkeypatch
+):
+  windows = make_windows(16)
+  whole = harvest(gemma2, windows, SITES, tmp_path / "a", batch_size=3)
+  real, calls = harvest_lib._launch, []
+
+  def breaks_off(*args):
+    calls.append(args[2])
+    if len(calls) > batches:
+      raise KeyboardInterrupt
+    return real(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(harvest_lib, "_launch", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+      harvest(gemma2, windows, SITES, tmp_path / "b", batch_size=3)
+  assert not is_complete(tmp_path / "b")
+  committed = store_lib.read_manifest(tmp_path / "b")["committed"]
+  starts = []
+  monkeypatch.setattr(
+    harvest_lib, "_launch", lambda *a: starts.append(a[2]) or real(*a)
+  )
+  again = harvest(gemma2, windows, SITES, tmp_path / "b", batch_size=3)
+  expected = read_all(whole)
+  for name, x in read_all(again).items():
+    np.testing.assert_array_equal(x, expected[name])
+  # Only windows from the first uncommitted row on are computed again.
+  rows = np.cumsum([0, *windows.mask.sum(1)])
+  first = next(i for i in range(16) if rows[i + 1] > committed)
+  assert starts[0] == first // 3 * 3
+  assert batches < 4 or committed > 0
+
+
+def test_windows_without_a_counting_position_add_nothing(gemma2, tmp_path):
+  windows = make_windows(6)
+  mask = windows.mask.copy()
+  mask[[0, 3, 5]] = False
+  windows = dataclasses.replace(windows, mask=mask)
+  store = harvest(gemma2, windows, SITES, tmp_path, batch_size=1)
+  np.testing.assert_array_equal(
+    store.read(0, len(store), "token"), windows.tokens[mask]
+  )
+
+
+def test_a_value_that_is_not_finite_names_site_position_and_document(
+  gemma2, tmp_path
+):
+  windows = make_windows(5)
+  window = int(np.argmax(windows.mask.sum(1)))
+  token = int(windows.tokens[window, 2])
+  broken = gemma2.params["embed"].at[token].set(np.nan)
+  model = dataclasses.replace(gemma2, params=gemma2.params | {"embed": broken})
+  w, t = next(
+    (w, t)
+    for w in range(5)
+    for t in range(CONTEXT)
+    if windows.mask[w, t] and token in windows.tokens[w, : t + 1]
+  )
+  name = f"name{windows.document[w, t]}"
+  with pytest.raises(
+    FloatingPointError, match=rf"blocks\.1\.mlp_in .*position {t} of .*{name}"
+  ):
+    harvest(model, windows, SITES, tmp_path, batch_size=5)
+  # Nothing of it stays in the way of a harvest with sound weights.
+  assert len(harvest(gemma2, windows, SITES, tmp_path, batch_size=5)) > 0
+
+
+def test_a_batch_that_the_mesh_does_not_divide_says_what_would_do(tmp_path):
+  model = models.load_model("random:gemma2-tiny")
+  with pytest.raises(ValueError, match="batch_size=6 .*8 devices.*multiple"):
+    harvest(model, make_windows(6), SITES, tmp_path / "s", batch_size=6)
+  assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+  ("site", "message"),
+  [
+    ("blocks.9.mlp_in", "layer 9 does not exist"),
+    ("blocks.1.mlp_inn", "Did you mean 'mlp_in'"),
+  ],
+)
+def test_a_site_that_does_not_exist_is_refused(site, message, gemma2, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    harvest(gemma2, make_windows(2), (site,), tmp_path / "s", batch_size=2)
+
+
+def test_a_damaged_manifest_says_to_delete_the_store(gemma2, tmp_path):
+  windows = make_windows(2)
+  harvest(gemma2, windows, SITES, tmp_path, batch_size=2)
+  (tmp_path / "manifest.json").write_text("{")
+  with pytest.raises(ValueError, match="Delete .* and harvest again"):
+    harvest(gemma2, windows, SITES, tmp_path, batch_size=2)
+
+
+def test_progress_and_rate_are_logged(gemma2, tmp_path, caplog):
+  windows = make_windows(4)
+  with caplog.at_level(logging.INFO, "gemma_jax"):
+    harvest(gemma2, windows, SITES, tmp_path, batch_size=2)
+  assert f"activations: {windows.num_tokens} tokens at" in caplog.text
+
+
+def test_a_path_depends_on_everything_that_decides_the_values(gemma2, tmp_path):
+  def path(directory=gemma2.directory, windows=None, sites=SITES, **dtypes):
+    dtypes = {"dtype": "bfloat16", "compute_dtype": "float32"} | dtypes
+    return store_path(directory, windows or make_windows(4), sites, **dtypes)
+
+  other = models.load_model("random:gemma3-tiny").directory
+  paths = [
+    path(),
+    path(other),
+    path(windows=make_windows(4, seed=1)),
+    path(windows=make_windows(5)),
+    path(sites=SITES[:1]),
+    path(dtype="float32"),
+    path(compute_dtype="bfloat16"),
+  ]
+  assert len(set(paths)) == len(paths)
+  assert path() == paths[0]
+
+
+def test_fine_tuned_weights_have_another_fingerprint(gemma2, tmp_path):
+  before = harvest_lib.fingerprint_model(gemma2.directory)
+  for path in gemma2.directory.iterdir():
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+  assert harvest_lib.fingerprint_model(tmp_path) == before
+  weights = tmp_path / "model.safetensors"
+  data = bytearray(weights.read_bytes())
+  end = int.from_bytes(data[:8], "little") + 8
+  data[end::4] = bytes(b ^ 1 for b in data[end::4])  # all low mantissa bits
+  weights.write_bytes(data)
+  assert harvest_lib.fingerprint_model(tmp_path) != before
+
+
+def test_opening_through_the_store_equals_what_harvest_returned(
+  gemma2, tmp_path
+):
+  made = harvest(gemma2, make_windows(3), SITES, tmp_path, batch_size=3)
+  opened = ActivationStore.open(tmp_path)
+  for name, x in read_all(made).items():
+    np.testing.assert_array_equal(read_all(opened)[name], x)

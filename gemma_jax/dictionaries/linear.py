@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax.activations import ActivationStore
+
+BLOCK = 8_192  # rows in one product
 RIDGE = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)  # times the mean input variance
 
 
@@ -165,3 +168,26 @@ def fit_ridge(fit: Moments, validation: Moments) -> Ridge:
   )
   ((_, linear, bias),) = solve(fit + validation, (best[0],))
   return Ridge(linear.astype(np.float32), bias.astype(np.float32), best[0])
+
+
+def fit(store: ActivationStore, read: str, write: str) -> tuple[Moments, Ridge]:
+  """Moments of a whole store, and the ridge map between two of its sites.
+
+  The last tenth of the rows, which are other documents, chooses the penalty.
+
+  Args:
+    store: training activations.
+    read: site of x.
+    write: site of y.
+  """
+
+  def blocks(start, stop):
+    for at in range(start, stop, BLOCK):
+      end = min(at + BLOCK, stop)
+      yield store.read(at, end, read), store.read(at, end, write)
+
+  cut = len(store) - len(store) // 10
+  first = moments(blocks(0, cut))
+  shift = first.shift_x, first.shift_y
+  last = moments(blocks(cut, len(store)), shift=shift)
+  return first + last, fit_ridge(first, last)

@@ -334,7 +334,7 @@ def resolve(path_or_name: str | os.PathLike) -> pathlib.Path:
     return gguf.cached(gguf.packaged())
   if name.startswith("random:"):
     return random.checkpoint(name.removeprefix("random:"))
-  if path.is_dir():
+  if name and path.is_dir():
     return path
   if path.suffix == ".gguf" and path.is_file():
     return gguf.cached(path)

@@ -33,7 +33,8 @@ def open_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """Lazy views of all tensors of one file: nothing is read until sliced.
 
   Raises:
-    ValueError: the file is truncated or its header does not describe it.
+    ValueError: the file is truncated or its header does not describe it: as
+      the format demands, tensors neither overlap nor leave bytes between them.
   """
   path = pathlib.Path(path)
   size = path.stat().st_size
@@ -47,20 +48,31 @@ def open_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
       )
     try:
       header = json.loads(f.read(length))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
       raise ValueError(f"{bad}the header is no JSON ({e}).{again}") from e
+  if not isinstance(header, dict):
+    raise ValueError(
+      f"{bad}the header is a {type(header).__name__}, not an object.{again}"
+    )
   header.pop("__metadata__", None)
   data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
   start, room = 8 + length, size - 8 - length
-  tensors = {}
+  tensors, ranges = {}, []
   for name, entry in header.items():
     try:
       dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
       first, last = entry["data_offsets"]
+      if not all(type(n) is int for n in (*shape, first, last)):
+        raise TypeError("sizes and offsets must be integers")
+      if any(n < 0 for n in shape):
+        raise ValueError("a negative size")
       expected = math.prod(shape) * dtype.itemsize
       fits = 0 <= first <= last and last - first == expected
     except (KeyError, TypeError, ValueError) as e:
-      raise ValueError(f"{bad}tensor {name!r} has entry {entry}.{again}") from e
+      raise ValueError(
+        f"{bad}tensor {name!r} has entry {entry} ({type(e).__name__}: {e})."
+        f"{again}"
+      ) from e
     if not fits or last > room:
       raise ValueError(
         f"{bad}tensor {name!r} of shape {shape} and dtype {dtype} needs "
@@ -69,6 +81,17 @@ def open_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
       )
     raw = data[start + first : start + last]
     tensors[name] = raw.view(dtype).reshape(shape)
+    ranges.append((first, last, name))
+  end = 0
+  for first, last, name in sorted(ranges):
+    if first != end:
+      raise ValueError(
+        f"{bad}tensor {name!r} starts at byte {first} of the data, and the one "
+        f"before it ends at {end}.{again}"
+      )
+    end = last
+  if end != room:
+    raise ValueError(f"{bad}its tensors end at byte {end} of {room}.{again}")
   return tensors
 
 
@@ -77,7 +100,8 @@ def open_directory(directory: str | os.PathLike) -> dict[str, np.ndarray]:
 
   Raises:
     FileNotFoundError: no weights there, or a shard of the index is missing.
-    ValueError: see `open_file`; or a shard lacks what the index promises.
+    ValueError: see `open_file`; the index is broken; or a shard lacks what
+      the index promises.
   """
   directory = pathlib.Path(directory)
   index = directory / INDEX
@@ -89,15 +113,24 @@ def open_directory(directory: str | os.PathLike) -> dict[str, np.ndarray]:
         "Face checkpoint directory, or download the weights into it."
       )
     return open_file(single)
-  where = json.loads(index.read_text())["weight_map"]
+  try:
+    where = dict(json.loads(index.read_text())["weight_map"])
+    if not all(isinstance(name, str) for name in where.values()):
+      raise TypeError("a shard's name is no string")
+  except (ValueError, KeyError, TypeError) as e:
+    raise ValueError(
+      f"{index} is no JSON object with a weight_map of tensors to files "
+      f"({type(e).__name__}: {e}). Download it again."
+    ) from e
   files = sorted(set(where.values()))
   # A shard is named by a file that is data: it must stay in the directory.
   outside = [name for name in files if pathlib.Path(name).name != name]
-  absent = [name for name in files if not (directory / name).exists()]
+  absent = [name for name in files if not (directory / name).is_file()]
   if outside or absent:
+    names = sorted({*outside, *absent})
     raise FileNotFoundError(
       f"{index} names shards that are not in {directory}: "
-      f"{', '.join(outside + absent)}. Download them."
+      f"{', '.join(map(repr, names))}. Download them."
     )
   shards = {name: open_file(directory / name) for name in files}
   lost = sorted(t for t, name in where.items() if t not in shards[name])

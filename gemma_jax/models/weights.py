@@ -192,13 +192,13 @@ def _match(tensors, cfg, directory):
     else:
       match = top_key.fullmatch(key)
       place = (top_by_name.get(match[1]) if match else None), None
-    seen.add(place)
-    if place not in wanted:
+    if place not in wanted or place in seen:
       extra.append(key)
     elif x.shape != wanted[place]:
       wrong.append(f"{key} is {list(x.shape)}, not {list(wanted[place])}")
     else:
       views[place] = x
+    seen.add(place)
   missing = [_their_name(*p) for p in wanted if p not in seen]
   if missing or extra or wrong:
     raise ValueError(

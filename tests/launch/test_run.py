@@ -36,9 +36,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-  "config", ["quickstart.py", "gemma2b_transcoder.py"]
-)
+@pytest.mark.parametrize("config", ["quickstart.py", "gemma2b_transcoder.py"])
 def test_dry_run_prints_cost_and_starts_nothing(config, tmp_path):
   done = run(
     f"--config=configs/{config}",

@@ -151,7 +151,7 @@ def test_bfloat16_is_float32_rounded_to_nearest(model, one_device):
   half = models.load_model(
     "random:gemma3-tiny", mesh=one_device, dtype="bfloat16"
   )
-  assert {x.dtype for x in jax.tree.leaves(half.params)} == {jnp.bfloat16}
+  assert {x.dtype.name for x in jax.tree.leaves(half.params)} == {"bfloat16"}
   equal(
     half.params,
     jax.tree.map(
@@ -166,7 +166,7 @@ def test_files_of_any_float_load_as_the_dtype_that_was_asked_for(
 ):
   narrow = {name: x.astype(dtype) for name, x in tensors.items()}
   loaded = load(narrow, dtype="float32").params
-  assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.float32}
+  assert {x.dtype.name for x in jax.tree.leaves(loaded)} == {"float32"}
   name = "model.layers.7.mlp.up_proj.weight"
   expected = narrow[name].astype(np.float32).T
   np.testing.assert_array_equal(loaded["blocks"]["up"][7], expected)
@@ -293,7 +293,7 @@ def test_a_sharded_checkpoint_loads_as_the_single_file_does(
 def test_a_missing_shard_is_named(sharded, one_device):
   (sharded / "model-00002-of-00002.safetensors").unlink()
   with pytest.raises(
-    FileNotFoundError, match=r": model-00002-of-00002\.safetensors\. Download"
+    FileNotFoundError, match=r": 'model-00002-of-00002\.safetensors'\. Download"
   ):
     models.load_model(sharded, mesh=one_device)
 
@@ -325,7 +325,7 @@ def test_an_index_cannot_name_a_file_outside_the_directory(
 
 @pytest.mark.parametrize(
   "text",
-  ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'],
+  ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'],
 )
 def test_a_broken_index_is_named(directory, one_device, text):
   (directory / ours.INDEX).write_text(text)
@@ -396,7 +396,7 @@ def test_truncated_at_any_length_a_file_is_refused(tmp_path):
   for length in (0, 1, 7, 8, 9, data - 1, data, data + 1, len(whole) - 1):
     path.write_bytes(whole[:length])
     with pytest.raises(
-      ValueError, match="not a complete safetensors file.*again"
+      ValueError, match=r"not a complete safetensors file.*again"
     ) as e:
       ours.open_file(path)
     assert str(path) in str(e.value)
@@ -420,7 +420,7 @@ def entry(shape=(2,), dtype="F32", offsets=(0, 8)):
     ({"a": entry(offsets=(8, 0))}, "needs 8 bytes at 8..0"),
     ({"a": entry((4,), offsets=(0, 16))}, "the file holds 8 bytes"),
     ({"a": entry((2,), offsets=(2**70, 2**70 + 8))}, "the file holds 8 bytes"),
-    ({"a": entry((-2,))}, r"'a' has entry .*\[-2\]"),
+    ({"a": entry((-2,))}, r"'a' has entry .*\[-2\].*negative"),
     ({"a": entry((-1, -2))}, r"'a' has entry .*\[-1, -2\]"),
     ({"a": entry((0, -1), offsets=(0, 0))}, r"'a' has entry .*\[0, -1\]"),
     ({"a": entry((2.0,))}, r"'a' has entry .*\[2\.0\]"),
@@ -560,7 +560,7 @@ def test_a_gated_model_says_to_accept_its_licence_and_log_in(monkeypatch):
   asked = no_hub(monkeypatch, gated)
   with pytest.raises(
     FileNotFoundError,
-    match=r"gemma-2-2b is gated: accept.*huggingface\.co/google/.*hf auth login",
+    match=r"gemma-2-2b is gated: accept.*huggingface\.co/.*hf auth login",
   ):
     models.load_model("google/gemma-2-2b")
   assert asked == ["google/gemma-2-2b"]

@@ -16,7 +16,7 @@ import pytest
 from configs import gemma2b_transcoder
 from gemma_jax import dictionaries, metrics
 from gemma_jax.activations import ActivationStore
-from trainers import dictionary, loop
+from trainers import dictionary, dictionary_task, loop
 
 SMOKE = "configs/gemma2b_transcoder.py:smoke"
 
@@ -199,7 +199,7 @@ def test_an_sae_is_a_transcoder_from_a_site_to_itself(kind, tmp_path):
 def test_a_batch_with_nan_stops_names_the_step_and_keeps_the_checkpoint(
   tmp_path, monkeypatch
 ):
-  real = dictionary._task
+  real = dictionary_task.make
 
   def poisoned(*args, **kwargs):
     task = real(*args, **kwargs)
@@ -212,7 +212,7 @@ def test_a_batch_with_nan_stops_names_the_step_and_keeps_the_checkpoint(
 
     return loop.dataclasses.replace(task, batches=batches)
 
-  monkeypatch.setattr(dictionary, "_task", poisoned)
+  monkeypatch.setattr(dictionary_task, "make", poisoned)
   with pytest.raises(FloatingPointError, match="not finite at step 47"):
     dictionary.run(smoke(), tmp_path / "run")
   monkeypatch.undo()

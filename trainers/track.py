@@ -1,5 +1,6 @@
 """TensorBoard and Weights & Biases, where a config asks for them."""
 
+import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -34,7 +35,7 @@ class Trackers:
       self._wandb = wandb.init(
         project="gemma_jax",
         dir=str(workdir),
-        id=workdir.name,
+        id=f"{workdir.name}-{_digest(workdir)}",
         resume="allow",
       )
 
@@ -53,6 +54,11 @@ class Trackers:
       self._tensorboard.close()
     if self._wandb is not None:
       self._wandb.finish()
+
+
+def _digest(workdir: pathlib.Path) -> str:
+  """Tells runs apart whose workdirs have one name."""
+  return hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]
 
 
 def check(kinds: Sequence[str]) -> None:

@@ -63,6 +63,8 @@ def main(argv) -> None:
     raise app.UsageError(f"Unexpected arguments {argv[1:]}.")
   absl_logging.set_verbosity(absl_logging.WARNING)
   logging.getLogger("gemma_jax").setLevel(logging.INFO)
+  # PyTorch is not needed; transformers need not say that it is missing.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   if CACHE.value:
     os.environ[cache.VARIABLE] = CACHE.value
   signal.signal(signal.SIGTERM, _stop)

@@ -68,9 +68,14 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   path = workdir / NAME
   mine = json.loads(json.dumps(config))
   if path.exists():
-    theirs = json.loads(path.read_text())
+    try:
+      theirs = json.loads(path.read_text())
+    except ValueError as e:
+      raise ValueError(
+        f"{path} is no JSON ({e}). Restore it, or use another --workdir."
+      ) from e
     different = [
-      f"{key}: {old!r} there, {new!r} here"
+      f"{key}: {old} there, {new} here"
       for key, (old, new) in _differences(theirs, mine).items()
     ]
     if different:
@@ -86,12 +91,13 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 
 def _differences(old, new, prefix=""):
-  missing = "nothing"
   out = {}
   for key in sorted({*old, *new}):
-    a, b = old.get(key, missing), new.get(key, missing)
+    a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
       out |= _differences(a, b, f"{prefix}{key}.")
-    elif a != b:
-      out[f"{prefix}{key}"] = (a, b)
+    elif a != b or (key in old) != (key in new):
+      out[f"{prefix}{key}"] = tuple(
+        repr(side[key]) if key in side else "nothing" for side in (old, new)
+      )
   return out

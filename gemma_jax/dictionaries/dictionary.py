@@ -88,7 +88,7 @@ def load(path: str | os.PathLike, *, format: str | None = None) -> Dictionary:
   try:
     fields = json.loads((directory / CONFIG).read_text())
     cfg = config_lib.from_dict(fields)
-  except ValueError as e:
+  except (ValueError, TypeError) as e:
     raise ValueError(f"{directory / CONFIG}: {e}") from e
   if not (directory / WEIGHTS).exists():
     raise FileNotFoundError(

@@ -23,7 +23,12 @@ def kth_largest(
 
   Returns:
     float32 [] or [..., 1].
+
+  Raises:
+    TypeError: z is not float32.
   """
+  if z.dtype != jnp.float32:
+    raise TypeError(f"kth_largest bisects float32 bits; got {z.dtype}.")
   bits = jax.lax.bitcast_convert_type(jnp.maximum(z, 0), jnp.int32)
   keep = axis is not None
 

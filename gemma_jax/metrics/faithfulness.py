@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import progress
-from gemma_jax.models import Model, Splice, sharding
+from gemma_jax.models import Model, Splice, sharding, sites
 from gemma_jax.models.forward import forward, unembed
 
 # fn(value of the site read, value of the site replaced) -> replacement.
@@ -45,10 +45,13 @@ def spliced_cross_entropy(
   Returns:
     name -> {"ce": mean loss in nats per token, "kl": mean
     KL(clean || replaced) in nats per token, "tokens": how many}.
+
+  Raises:
+    ValueError: `read` and `write` are sites of different blocks.
   """
   names = tuple(replacements)
   functions = tuple(replacements.values())
-  short = read.rsplit(".", 1)[1]
+  short = _same_block(read, write, model.config.num_layers)
   totals = np.zeros((1 + len(names), 2))
   count = 0
   bar = progress.bar(int(mask[:, 1:].sum()), "splice", unit="tokens")
@@ -78,6 +81,16 @@ def spliced_cross_entropy(
     name: {"ce": float(ce), "kl": float(kl), "tokens": count}
     for name, (ce, kl) in zip(("clean", *names), means, strict=True)
   }
+
+
+def _same_block(read: str, write: str, num_layers: int) -> str:
+  """The short name of `read`."""
+  source, target = (sites.parse(s, num_layers) for s in (read, write))
+  if source.layer != target.layer:
+    raise ValueError(
+      f"read={read!r} and write={write!r} must be sites of one block."
+    )
+  return source.name
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))

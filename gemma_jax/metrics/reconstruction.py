@@ -27,14 +27,15 @@ class RunningFVU:
       x_hat: its reconstruction, the same shape.
 
     Raises:
-      ValueError: shapes that differ.
+      ValueError: shapes that differ, or another width than before.
       FloatingPointError: a value that is not finite.
     """
     x, x_hat = _rows(x, x_hat)
     if not len(x):
       return self
     # The difference of float32 inputs is taken in float64: exact.
-    error = np.square(x - x_hat).sum()
+    with np.errstate(invalid="ignore"):  # inf - inf; the sum tells
+      error = np.square(x - x_hat).sum()
     if not np.isfinite(error):
       raise FloatingPointError(
         "FVU of values that are not finite: "
@@ -44,6 +45,11 @@ class RunningFVU:
     if self._shift is None:
       self._shift = x.mean(0)
       self._sum = np.zeros_like(self._shift)
+    if x.shape[1:] != self._shift.shape:
+      raise ValueError(
+        f"Rows of width {x.shape[1]} after rows of width {len(self._shift)}; "
+        "give each site a RunningFVU of its own."
+      )
     centred = x - self._shift
     self.count += len(x)
     self._error += error

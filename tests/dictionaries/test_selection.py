@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_jax import models
 from gemma_jax.dictionaries.selection import kth_largest
+
+
+jitted = jax.jit(kth_largest)
 
 
 def sorted_threshold(z, k):
@@ -26,13 +30,20 @@ def assert_selects(z, k, threshold):
     np.testing.assert_array_equal(kept, z >= expected)
 
 
-@pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize(
-  "shape", [(1,), (7,), (64, 33), (5, 1), (1, 257), (3, 4, 50)]
+  ("shape", "jit"),
+  [
+    ((1,), True),
+    ((7,), False),
+    ((64, 33), True),
+    ((5, 1), True),
+    ((1, 257), True),
+    ((3, 4, 50), True),
+  ],
 )
 def test_the_same_entries_as_a_sort_keeps(shape, jit):
   rng = np.random.default_rng(0)
-  function = jax.jit(kth_largest) if jit else kth_largest
+  function = jitted if jit else kth_largest
   for scale in (1e-30, 1.0, 1e30):
     z = (scale * rng.normal(size=shape)).astype(np.float32)
     for k in {1, 2, z.size // 3 + 1, z.size}:
@@ -135,8 +146,13 @@ def test_counts_past_float32s_integers_are_exact():
 
 
 def test_a_sharded_array_gives_the_same_threshold():
-  mesh = jax.make_mesh((8,), ("x",))
+  mesh = models.make_mesh({"fsdp": 8})
   z = np.random.default_rng(4).normal(size=(64, 32)).astype(np.float32)
-  spec = jax.sharding.PartitionSpec(None, "x")
+  spec = jax.sharding.PartitionSpec(None, "fsdp")
   spread = jax.device_put(z, jax.sharding.NamedSharding(mesh, spec))
   assert_selects(z, 100, jax.jit(lambda z: kth_largest(z, 100))(spread))
+
+
+def test_another_dtype_is_refused():
+  with pytest.raises(TypeError, match="float32 bits; got bfloat16"):
+    kth_largest(jnp.ones(3, jnp.bfloat16), 1)

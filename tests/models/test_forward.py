@@ -15,6 +15,14 @@ LENGTH = 40  # beyond the tiny models' window of 12
 EVERYTHING = tuple(f"blocks.*.{name}" for name in NAMES)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+  """Forty small programs: compiling them is most of the time spent here."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def gemma2(one_device):
   return models.load_model("random:gemma2-tiny", mesh=one_device)
@@ -432,15 +440,26 @@ def test_a_splice_gets_the_earlier_site_as_edited_and_the_clean_value(
     close(x["mlp_out"][l], expected)
 
 
-@pytest.mark.parametrize("read", ["mlp_out", "resid_post"])
+def test_a_splice_of_its_own_site_gets_the_value_twice(gemma2, tokens, full2):
+  splice = models.Splice("hook_mlp_out", lambda x, y: 2 * x + y)
+  site = "blocks.0.mlp_out"
+  _, found = gemma2.forward(
+    tokens, capture=(site,), edits={site: splice}, stop_at=1
+  )
+  close(found[site], 3 * full2[1]["mlp_out"][0])
+
+
+@pytest.mark.parametrize(
+  ("read", "write"), [("resid_post", "mlp_out"), ("mlp_in", "mlp_norm")]
+)
 def test_a_splice_of_a_later_site_is_an_error_that_names_both(
-  gemma2, tokens, read
+  gemma2, tokens, read, write
 ):
   splice = models.Splice(read, lambda x, y: x)
   with pytest.raises(
-    ValueError, match=rf"blocks\.2\.mlp_out' reads '{read}'.*earlier"
+    ValueError, match=rf"blocks\.2\.{write}' reads '{read}'.*earlier"
   ):
-    gemma2.forward(tokens, edits={"blocks.2.mlp_out": splice})
+    gemma2.forward(tokens, edits={f"blocks.2.{write}": splice})
 
 
 def test_a_splice_of_no_site_is_an_error_that_suggests_one(gemma2, tokens):

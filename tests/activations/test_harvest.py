@@ -168,7 +168,7 @@ def test_a_complete_store_needs_no_model(gemma2, tmp_path):
     np.testing.assert_array_equal(after[name], x)
 
 
-@pytest.mark.parametrize("batches", [1, 2, 4, 5])
+@pytest.mark.parametrize("batches", [1, 4])
 def test_an_interrupted_harvest_ends_as_one_left_alone(
   batches, gemma2, small_shards, tmp_path, monkeypatch
 ):

@@ -139,7 +139,7 @@ def gradients(cfg, params, state, batch, coefficient):
   def value(params):
     return core.loss(cfg, params, state, batch, hyper)[0]
 
-  return f64(jax.grad(value)(params))
+  return f64(jax.jit(jax.grad(value))(params))
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -254,8 +254,9 @@ def test_the_aux_gradient_is_that_of_its_formula_and_nothing_else(
     np.testing.assert_allclose(aux[name], want, rtol=2e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("aux_k", [3, 8, 100])
-@pytest.mark.parametrize("candidates", [2, 8, M, 1000])
+@pytest.mark.parametrize(
+  ("aux_k", "candidates"), [(3, 2), (3, 8), (8, 8), (3, M), (100, 1000)]
+)
 def test_the_aux_term_is_its_formula_for_any_sizes(aux_k, candidates):
   cfg = make_config(aux_k=aux_k, aux_candidates=candidates)
   params, state, batch = make_case(cfg, 3)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from gemma_jax.activations import ActivationStore, Writer
+from gemma_jax.activations.store import LABELS
 from gemma_jax.dictionaries import linear
 
 
@@ -160,3 +162,27 @@ def test_a_constant_input_predicts_the_mean():
   ridge = linear.fit_ridge(*halves(x, y))
   np.testing.assert_array_equal(ridge.linear, 0)
   np.testing.assert_allclose(ridge.bias, y.mean(0), atol=1e-5)
+
+
+def test_a_store_is_fitted_with_its_last_tenth_as_the_judge(
+  tmp_path, monkeypatch
+):
+  x, y = data(n=95)
+  labels = dict.fromkeys(LABELS, np.arange(95, dtype=np.int32))
+  with Writer(
+    tmp_path, rows=95, sites={"x": 5, "y": 3}, dtype="float32", metadata={}
+  ) as writer:
+    writer.append({"x": x, "y": y} | labels)
+  monkeypatch.setattr(linear, "BLOCK", 20)
+  total, ridge = linear.fit(ActivationStore.open(tmp_path), "x", "y")
+  both = np.cov(x.T.astype(np.float64), bias=True)
+  assert total.count == 95
+  np.testing.assert_allclose(total.covariance, both, atol=2e-6 * both.max())
+  errors = {}
+  for penalty in linear.RIDGE:
+    w, bias = ridge_by_rows(x[:86], y[:86], penalty)
+    errors[penalty] = np.mean((y[86:] - x[86:] @ w - bias) ** 2)
+  assert ridge.penalty == min(errors, key=errors.get)
+  w, bias = ridge_by_rows(x, y, ridge.penalty)
+  np.testing.assert_allclose(ridge.linear, w, rtol=0, atol=2e-5)
+  np.testing.assert_allclose(ridge.bias, bias, rtol=0, atol=2e-5)

@@ -8,7 +8,6 @@ import pytest
 from gemma_jax import models
 from gemma_jax.dictionaries.selection import kth_largest
 
-
 jitted = jax.jit(kth_largest)
 
 

@@ -365,6 +365,20 @@ def test_an_edit_of_one_layer_gets_that_layers_index(gemma3, tokens, full3):
   close(found["blocks.*.mlp_out"][6], full3[1]["mlp_out"][6] + 6)
 
 
+def test_edits_of_two_layers_each_act_on_their_own(gemma2, tokens):
+  edits = {
+    "blocks.1.mlp_out": jnp.zeros_like,
+    "blocks.3.mlp_out": jnp.ones_like,
+  }
+  _, found = gemma2.forward(
+    tokens, capture=("blocks.*.mlp_out", "blocks.2.mlp_out"), edits=edits
+  )
+  x = np.asarray(found["blocks.*.mlp_out"])
+  assert [np.ptp(layer) == 0 for layer in x] == [False, True] * 2 + [False]
+  assert (x[1].max(), x[3].max()) == (0, 1)
+  close(found["blocks.2.mlp_out"], x[2])
+
+
 def test_edits_of_one_layer_and_of_all_apply_in_the_order_given(
   gemma2, tokens, full2
 ):

@@ -118,7 +118,10 @@ def harvest(
   metadata = {
     "model": str(model.directory),
     "family": model.config.family,
+    "windows": fingerprint_windows(windows),
     "documents": len(windows.documents),
+    # Another batch size may give other bits, so it may not go on with these.
+    "batch_size": batch_size,
     "context": int(windows.tokens.shape[1]),
     "compute_dtype": str(model.params["embed"].dtype),
   }

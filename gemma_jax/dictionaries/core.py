@@ -142,7 +142,8 @@ def init(
       raise ValueError(
         f"{len(x)} examples cannot start {cfg.width} latents; harvest more."
       )
-    weight = jnp.sum(left * left, axis=-1) * first
+    # Not zero even where the affine part explains everything.
+    weight = (jnp.sum(left * left, axis=-1) + 1e-12) * first
     chosen = jax.random.choice(
       key, len(x), (cfg.width,), replace=False, p=weight / weight.sum()
     )

@@ -10,6 +10,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -59,6 +60,7 @@ def _parse(argv):
 
 
 def main(argv) -> None:
+  began = time.perf_counter()
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments {argv[1:]}.")
   absl_logging.set_verbosity(absl_logging.WARNING)
@@ -88,7 +90,8 @@ def main(argv) -> None:
       value = f"{value:.6g}"
     if isinstance(value, int | str):
       print(f"{key:28} {value}")
-  print(f"{workdir}/results.json  {workdir}/report.html")
+  minutes = (time.perf_counter() - began) / 60
+  print(f"{workdir}/results.json  {workdir}/report.html  {minutes:.1f} minutes")
 
 
 if __name__ == "__main__":

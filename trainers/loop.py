@@ -170,11 +170,11 @@ def train(
     stack.callback(record.close)
     stopping = stack.enter_context(_sigterm())
     stack.enter_context(jax.set_mesh(mesh))
-    stack.enter_context(jax.transfer_guard("disallow"))
     pending = None
     for step in range(start, steps):
       batch = jax.device_put(dict(next(batches)), by_row)
-      state, metrics = step_fn(state, batch)
+      with jax.transfer_guard("disallow"):
+        state, metrics = step_fn(state, batch)
       done = step + 1
       if pending is not None:  # the device is busy with the step just sent
         record.write(*pending)

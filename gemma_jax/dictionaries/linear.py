@@ -21,7 +21,9 @@ RIDGE = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)  # times the mean input variance
 def _products(x, y, shift_x, shift_y):
   x = x.astype(jnp.float32) - shift_x
   y = y.astype(jnp.float32) - shift_y
-  return x.sum(0), y.sum(0), x.T @ x, x.T @ y, jnp.sum(y * y)
+  # GPUs would otherwise round the factors to TF32.
+  with jax.default_matmul_precision("highest"):
+    return x.sum(0), y.sum(0), x.T @ x, x.T @ y, jnp.sum(y * y)
 
 
 @dataclasses.dataclass

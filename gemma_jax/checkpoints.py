@@ -27,15 +27,18 @@ class Checkpoints:
       ),
     )
 
-  def latest_step(self) -> int | None:
-    """The newest complete checkpoint's step."""
-    return self._manager.latest_step()
+  def count(self) -> int:
+    """How many complete checkpoints there are."""
+    return len(self._manager.all_steps())
 
   def save(self, step: int, state) -> None:
-    """Starts saving; returns once the arrays may be overwritten."""
-    if step not in self._manager.all_steps():
-      args = ocp.args.StandardSave(state)
-      self._manager.save(step, args=args, force=True)
+    """Starts saving; returns once the arrays may be overwritten.
+
+    A checkpoint of the same step is one that could not be read: it goes.
+    """
+    if step in self._manager.all_steps():
+      self._manager.delete(step)
+    self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
   def restore(self, abstract):
     """The newest checkpoint that can be read, and its step.
@@ -71,12 +74,6 @@ class Checkpoints:
         "Restore them from a copy, or use a new workdir."
       )
     return None, 0
-
-  def delete_after(self, step: int) -> None:
-    """Deletes checkpoints newer than `step` (those that could not be read)."""
-    for other in self._manager.all_steps():
-      if other > step:
-        self._manager.delete(other)
 
   def close(self) -> None:
     """Waits for what is being saved."""

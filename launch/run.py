@@ -72,14 +72,14 @@ def main(argv) -> None:
   signal.signal(signal.SIGTERM, _stop)
   _set_up_jax()
   config = CONFIG.value.to_dict()
-  job = importlib.import_module(config["job"])
-  if DRY_RUN.value:
-    print(json.dumps({"config": config, **job.plan(config)}, indent=2))
-    return
   filename = config_flags.get_config_filename(flags.FLAGS["config"])
   name = pathlib.Path(filename.split(":")[0]).stem
   workdir = pathlib.Path(WORKDIR.value or f"runs/{name}")
   try:
+    job = importlib.import_module(config["job"])
+    if DRY_RUN.value:
+      print(json.dumps({"config": config, **job.plan(config)}, indent=2))
+      return
     results = job.run(config, workdir)
   except (ValueError, OSError, ImportError, FloatingPointError) as e:
     if TRACEBACK.value:

@@ -14,10 +14,12 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
-from gemma_jax import activations, data, metrics, models
+from gemma_jax import activations, data, dictionaries, metrics, models
 from gemma_jax.dictionaries import evaluate, linear
 from gemma_jax.report import dictionary as report
 from trainers import dictionary_task, fields, loop
@@ -44,11 +46,13 @@ SPLICE_DEFINITIONS = {
   "kl_linear": "The same for the ridge map.",
   "kl_ablated": "The same for the site set to zero.",
   "tokens_train": "Token vectors trained on, repeats counted.",
-  "tokens_train_distinct": "Different token vectors among them.",
+  "tokens_train_distinct": "Different token vectors among them, at most.",
   "tokens_heldout": "Held-out tokens behind fvu, l0 and dead_fraction.",
   "tokens_splice": "Held-out tokens behind the ce and kl values.",
   "tokens_per_second_harvest": "While the training store was written.",
-  "tokens_per_second_train": "Over the training steps, checkpoints included.",
+  "tokens_per_second_train": (
+    "Over the training steps, compilation and checkpoints included."
+  ),
   "l0_train": "L0 in training, over the last log interval.",
   "threshold_running": "Running inference threshold, normalised coordinates.",
   "threshold": "The one in use: calibrated on training tokens to L0 = k.",
@@ -68,7 +72,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   workdir = pathlib.Path(workdir)
   config = json.loads(json.dumps(dict(config)))
   prepare(config)
-  fields.claim(workdir, config)
+  fields.compare(workdir, config)
   if (workdir / "results.json").exists():
     log.info("%s is finished; nothing to do", workdir)
     return json.loads((workdir / "results.json").read_text())
@@ -81,6 +85,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   # -------------------------------------------------------------- training
   sites = p.dictionary.read, p.dictionary.write
   moments, ridge = linear.fit(stores["train"], *sites)
+  fields.claim(workdir, config)
   state = loop.train(
     dictionary_task.make(p, stores["train"], moments, ridge),
     workdir,
@@ -97,18 +102,21 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     },
     track=tuple(config["track"] or ()),
   )
-  dictionary, thresholds = dictionary_task.finish(p, state, stores["train"])
-  dictionary.save(workdir / "dictionary")
   # ------------------------------------------------------------ evaluation
-  numbers, latents, norms = evaluate.evaluate(
-    dictionary,
-    stores["heldout"],
-    ridge,
-    moments.mean_y,
-    top=max(16, config["eval"]["contexts"]),
-  )
-  model = models.load_model(directory, dtype=p.dtype, mesh=p.mesh)
-  numbers |= _splice(p, model, dictionary, ridge, windows["heldout"])
+  # GPUs would otherwise round the factors of float32 products to TF32.
+  with jax.default_matmul_precision("highest"):
+    dictionary, thresholds = dictionary_task.finish(p, state, stores["train"])
+    del state
+    dictionary.save(workdir / "dictionary")
+    numbers, latents, norms = evaluate.evaluate(
+      dictionary,
+      stores["heldout"],
+      ridge,
+      moments.mean_y,
+      top=max(16, config["eval"]["contexts"]),
+    )
+    model = models.load_model(directory, dtype=p.dtype, mesh=p.mesh)
+    numbers |= _splice(p, model, dictionary, ridge, windows["heldout"])
   rows = loop.read_metrics(workdir / "metrics.jsonl")
   results = {
     "model": config["model"]["name"],
@@ -117,7 +125,10 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     **thresholds,
     "l0_train": rows[-1]["l0"],
     "tokens_train": config["train"]["steps"] * config["train"]["batch_size"],
-    "tokens_train_distinct": len(stores["train"]),
+    "tokens_train_distinct": min(
+      len(stores["train"]),
+      config["train"]["steps"] * config["train"]["batch_size"],
+    ),
     "tokens_heldout": len(stores["heldout"]),
     "tokens_per_second_harvest": stores["train"].tokens_per_second,
     "tokens_per_second_train": rows[-1]["tokens"] / rows[-1]["seconds"],
@@ -227,16 +238,21 @@ def _splice(p: Plan, model, dictionary, ridge, windows) -> dict[str, Any]:
   enough = np.cumsum(windows.mask.sum(1)) >= own["splice_tokens"]
   count = int(np.argmax(enough)) + 1 if enough.any() else len(enough)
   ways = p.mesh.shape["data"] * p.mesh.shape["fsdp"]
-  linear_map = jnp.asarray(ridge.linear), jnp.asarray(ridge.bias)
+
+  def spliced(params, x, y):
+    out = dictionaries.Dictionary(p.dictionary, params).reconstruct(x)
+    return out.astype(y.dtype)
+
+  def affine(matrix, bias, x, y):
+    return (x.astype(jnp.float32) @ matrix + bias).astype(y.dtype)
+
   loss = metrics.spliced_cross_entropy(
     model,
     windows.tokens[:count],
     windows.mask[:count],
     {
-      "spliced": lambda x, y: dictionary.reconstruct(x).astype(y.dtype),
-      "linear": lambda x, y: (
-        x.astype(jnp.float32) @ linear_map[0] + linear_map[1]
-      ).astype(y.dtype),
+      "spliced": Partial(spliced, dictionary.params),
+      "linear": Partial(affine, ridge.linear, ridge.bias),
       "ablated": lambda x, y: jnp.zeros_like(y),
     },
     read=p.dictionary.read,

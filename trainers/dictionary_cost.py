@@ -30,7 +30,7 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
   tokens = train["steps"] * train["batch_size"]
   rows = train["batch_size"] // (p.mesh.shape["data"] * p.mesh.shape["fsdp"])
   harvested = config["data"]["train_tokens"] + config["data"]["heldout_tokens"]
-  weights = p.model.num_parameters(p.depth) * jnp.dtype(p.dtype).itemsize
+  weights = p.model.num_parameters() * jnp.dtype(p.dtype).itemsize
   forward = p.model.flops_per_token(
     p.depth, config["data"]["context"], unembed=False
   )

@@ -58,36 +58,45 @@ def _faults(config, fields, prefix):
       yield f"{prefix}{name} is missing"
 
 
-def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-  """Makes a workdir this config's, or checks that it already is.
+def compare(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Checks that a workdir is new, or was made by this config.
 
   Raises:
     ValueError: the workdir was made by another config; shows what differs.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / NAME
-  mine = json.loads(json.dumps(config))
-  if path.exists():
-    try:
-      theirs = json.loads(path.read_text())
-    except ValueError as e:
-      raise ValueError(
-        f"{path} is no JSON ({e}). Restore it, or use another --workdir."
-      ) from e
-    different = [
-      f"{key}: {old} there, {new} here"
-      for key, (old, new) in _differences(theirs, mine).items()
-    ]
-    if different:
-      raise ValueError(
-        f"{workdir} was made by another config:\n  "
-        + "\n  ".join(different)
-        + "\nUse another --workdir, or the same config to resume."
-      )
+  if not path.exists():
     return
-  partial = path.with_name(f".{NAME}")
-  partial.write_text(json.dumps(mine, indent=2))
-  partial.rename(path)
+  try:
+    theirs = json.loads(path.read_text())
+  except ValueError as e:
+    raise ValueError(
+      f"{path} is no JSON ({e}). Restore it, or use another --workdir."
+    ) from e
+  different = [
+    f"{key}: {old} there, {new} here"
+    for key, (old, new) in _differences(theirs, _plain(config)).items()
+  ]
+  if different:
+    raise ValueError(
+      f"{workdir} was made by another config:\n  "
+      + "\n  ".join(different)
+      + "\nUse another --workdir, or the same config to resume."
+    )
+
+
+def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Makes a new workdir this config's; see `compare` for one that is not."""
+  compare(workdir, config)
+  workdir.mkdir(parents=True, exist_ok=True)
+  partial = workdir / f".{NAME}"
+  partial.write_text(json.dumps(_plain(config), indent=2))
+  partial.rename(workdir / NAME)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+  """As JSON gives it back: tuples are lists."""
+  return json.loads(json.dumps(config))
 
 
 def _differences(old, new, prefix=""):

@@ -120,12 +120,14 @@ def train(
   by_row = NamedSharding(mesh, P(("data", "fsdp")))
 
   # ----------------------------------------------------------- checkpoint
-  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes.params))
-  # Parameters and two moments, in the checkpoints kept and the one written.
-  cache.require_space(workdir, 3 * size * (keep + 1), "The checkpoints")
   store = checkpoints.Checkpoints(workdir / "checkpoints", keep=keep)
   state, start = store.restore(checkpoints.abstract(shapes, shardings))
-  store.delete_after(start)
+  if start < steps:
+    # Parameters and two moments, in the checkpoints to come.
+    leaves = jax.tree.leaves(shapes.params)
+    size = sum(x.size * x.dtype.itemsize for x in leaves)
+    room = max(1, keep + 1 - store.count())
+    cache.require_space(workdir, 3 * size * room, "The checkpoints")
   if state is None:
     state = jax.jit(fresh, out_shardings=shardings)(*task.init_args())
   else:
@@ -185,12 +187,15 @@ def train(
         pending = done, metrics
       if done % checkpoint_every == 0 or done == steps or stop:
         record.check(metrics)  # never save what is not finite
+        if pending is not None:  # a kill after the save must not lose a row
+          record.write(*pending)
+          pending = None
         store.save(done, state)
       if stop:
         break
     if pending is not None:
       record.write(*pending)
-  if done < steps:
+  if done < steps or stopping:
     log.info("stopped at step %d: resume with the same command", done)
     raise SystemExit(0)
   return state
@@ -216,12 +221,12 @@ class _Record:
 
   def __init__(self, workdir, start, steps, batch_size, shown, track):
     path = workdir / "metrics.jsonl"
-    rows = read_metrics(path)
-    # What was logged after the checkpoint that we resume from comes again.
-    kept = [row for row in rows if row["step"] <= start]
-    if len(kept) < len(rows):
-      text = "".join(json.dumps(row) + "\n" for row in kept)
-      path.write_text(text)
+    # What was logged after the checkpoint that we resume from comes again; a
+    # line that was cut short goes.
+    kept = [row for row in read_metrics(path) if row["step"] <= start]
+    partial = path.with_name(f".{path.name}")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    partial.rename(path)
     self._file = path.open("a")
     self._trackers = Trackers(track, workdir)
     self._batch, self._steps, self._shown = batch_size, steps, shown

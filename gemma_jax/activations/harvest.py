@@ -62,6 +62,8 @@ def store_path(
     "sites": list(capture),
     "dtype": dtype,
     "compute_dtype": compute_dtype,
+    # Two kinds of device do not give the same bits.
+    "backend": jax.default_backend(),
   }
   text = json.dumps(made_by, sort_keys=True).encode()
   key = hashlib.sha256(text).hexdigest()[:24]
@@ -113,8 +115,6 @@ def harvest(
     )
   width = _widths(model, capture)
   total = int(windows.mask.sum())
-  row = sum(width.values()) * jnp.dtype(dtype).itemsize
-  cache.require_space(path, total * row, "The activations")
   metadata = {
     "model": str(model.directory),
     "family": model.config.family,
@@ -128,6 +128,9 @@ def harvest(
   with Writer(
     path, rows=total, sites=width, dtype=dtype, metadata=metadata
   ) as writer:
+    row = sum(width.values()) * jnp.dtype(dtype).itemsize
+    left = (total - writer.committed) * row
+    cache.require_space(path, left, "The activations")
     _write(model, windows, capture, writer, batch_size, dtype)
   store = ActivationStore.open(path)
   log.info(

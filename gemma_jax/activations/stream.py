@@ -116,7 +116,10 @@ class Stream:
       }
       if index + 1 < len(buffers):
         upcoming = self._read(buffers[index + 1])
-      data = {site: np.concatenate(parts) for site, parts in data.items()}
+      data = {
+        site: parts[0] if len(parts) == 1 else np.concatenate(parts)
+        for site, parts in data.items()
+      }
       rng = np.random.default_rng((self._seed, epoch, 1, index))
       order = rng.permutation(sizes[index])[skip:]
       skip = 0

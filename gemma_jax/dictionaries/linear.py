@@ -175,7 +175,8 @@ def fit_ridge(fit: Moments, validation: Moments) -> Ridge:
 def fit(store: ActivationStore, read: str, write: str) -> tuple[Moments, Ridge]:
   """Moments of a whole store, and the ridge map between two of its sites.
 
-  The last tenth of the rows, which are other documents, chooses the penalty.
+  The last tenth of the rows chooses the penalty: other documents, but for the
+  one that the cut goes through.
 
   Args:
     store: training activations.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from gemma_jax import progress
 from gemma_jax.models import Model, Splice, sharding, sites
@@ -37,7 +38,9 @@ def spliced_cross_entropy(
     model: with all its layers.
     tokens: int [W, T].
     mask: bool [W, T].
-    replacements: name -> function; "clean" is added.
+    replacements: name -> function; "clean" is added. Large parameters belong
+      in a `jax.tree_util.Partial`: what a function closes over is compiled
+      into the program.
     read: site that the functions read, in the same block as `write`.
     write: site that they replace.
     batch_size: windows in one forward pass.
@@ -50,7 +53,10 @@ def spliced_cross_entropy(
     ValueError: `read` and `write` are sites of different blocks.
   """
   names = tuple(replacements)
-  functions = tuple(replacements.values())
+  functions = tuple(
+    fn if isinstance(fn, Partial) else Partial(fn)
+    for fn in replacements.values()
+  )
   short = _same_block(read, write, model.config.num_layers)
   totals = np.zeros((1 + len(names), 2))
   count = 0
@@ -93,7 +99,7 @@ def _same_block(read: str, write: str, num_layers: int) -> str:
   return source.name
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _streams(cfg, params, tokens, mask, functions, read, write):
   """Last resid_post of the clean model and of every replacement.
 

@@ -93,8 +93,12 @@ def unembed(cfg: ModelConfig, params, x: jax.Array) -> jax.Array:
   """Final norm, tied head and soft-cap: resid_post [..., D] -> [..., V]."""
   with jax.named_scope("unembed"):
     x = gemma.rms_norm(x, params["final_norm"], cfg)
-    logits = jnp.einsum("...d,vd->...v", x, params["embed"])
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = jnp.einsum(
+      "...d,vd->...v",
+      x,
+      params["embed"],
+      preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
     return gemma.soft_cap(logits, cfg.final_softcap)
 
 

@@ -17,7 +17,7 @@ from gemma_jax.activations import (
   store_path,
 )
 from gemma_jax.activations import store as store_lib
-from gemma_jax.data import Windows
+from gemma_jax.data import Windows, fingerprint
 
 SITES = ("blocks.1.mlp_in", "blocks.1.mlp_out")
 BOS, PAD, CONTEXT = 2, 0, 12
@@ -110,10 +110,13 @@ def test_neither_bos_nor_padding_is_stored(gemma2, tmp_path):
 
 
 def test_the_store_says_what_made_it(gemma2, tmp_path):
-  store = harvest(gemma2, make_windows(3), SITES, tmp_path, batch_size=2)
+  windows = make_windows(3)
+  store = harvest(gemma2, windows, SITES, tmp_path, batch_size=2)
   assert store.metadata == {
     "model": str(gemma2.directory),
     "family": gemma2.config.family,
+    "windows": fingerprint(windows),
+    "batch_size": 2,
     "documents": 3,
     "context": CONTEXT,
     "compute_dtype": "float32",

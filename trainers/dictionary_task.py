@@ -27,6 +27,8 @@ def make(
   d, e = cfg.d_in, cfg.d_out
   f32 = jnp.float32
   shape = jax.ShapeDtypeStruct
+  stored = jnp.dtype(p.config["activations"]["dtype"])
+  size = train["batch_size"]
   rows = max(EXAMPLES, cfg.width)
   if store is not None:
     rows = min(rows, len(store))
@@ -90,6 +92,7 @@ def make(
     optimizer=_optimizer(train),
     learning_rate=_schedule(train),
     batches=batches,
+    batch_shapes={"x": shape((size, d), stored), "y": shape((size, e), stored)},
     rule=_rule,
     shown=("loss", "fvu", "l0", "dead_fraction"),
   )

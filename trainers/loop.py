@@ -59,6 +59,7 @@ class Task:
     optimizer: of optax.
     learning_rate: step -> rate, for the log.
     batches: start -> endless host batches from batch number `start`.
+    batch_shapes: `jax.ShapeDtypeStruct` of each array of a batch.
     rule: (path of a leaf, shape) -> PartitionSpec.
     shown: metrics for the progress bar.
   """
@@ -70,6 +71,7 @@ class Task:
   optimizer: optax.GradientTransformation
   learning_rate: Callable[[jax.Array], jax.Array]
   batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
+  batch_shapes: Mapping[str, jax.ShapeDtypeStruct]
   rule: Callable[[str, tuple[int, ...]], P]
   shown: tuple[str, ...]
 
@@ -98,18 +100,12 @@ def train(
     params, extra = task.init(*args)
     zero = jnp.zeros((), jnp.int32)
     opt_state = task.optimizer.init(params)
-    example = jax.tree.map(
-      lambda s: jnp.zeros((batch_size, *s.shape[1:]), s.dtype), batch_shape
+    _, (_, metrics) = jax.eval_shape(
+      task.loss, params, extra, task.batch_shapes
     )
-    _, (_, metrics) = jax.eval_shape(task.loss, params, extra, example)
     sums = {name: jnp.zeros(()) for name in metrics}
     return State(zero, params, opt_state, extra, sums, zero - 1)
 
-  stream = task.batches(0)
-  batch_shape = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(next(stream))
-  )
-  stream.close()
   shapes = jax.eval_shape(fresh, *task.init_shapes)
   shardings = jax.tree_util.tree_map_with_path(
     lambda path, x: NamedSharding(
@@ -193,8 +189,6 @@ def train(
         store.save(done, state)
       if stop:
         break
-    if pending is not None:
-      record.write(*pending)
   if done < steps or stopping:
     log.info("stopped at step %d: resume with the same command", done)
     raise SystemExit(0)

@@ -5,7 +5,6 @@ every tensor of the file must be in it, and every row must find its tensor.
 """
 
 import dataclasses
-import logging
 import os
 import re
 
@@ -15,8 +14,6 @@ from jax.sharding import Mesh
 
 from gemma_jax.models import gemma, safetensors, sharding
 from gemma_jax.models.config import ModelConfig
-
-log = logging.getLogger("gemma_jax")
 
 # The text tower's prefix in its several homes.
 PREFIX = r"(?:language_model\.model\.|model\.language_model\.|model\.)"

@@ -7,19 +7,17 @@ stop after the layer, as users of either would do. The two take turns, and
 their values must agree.
 """
 
-import json
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+import turns
 from absl import app, flags
 
-from gemma_jax import data, models
+from gemma_jax import models
 from gemma_jax.activations.harvest import _sites
-from gemma_jax.models.model import DEMO
+from gemma_jax.models import DEMO
 
 LAYER = flags.DEFINE_integer("layer", 9, "Layer to harvest.")
 BATCH = flags.DEFINE_integer("batch", 8, "Windows in a forward pass.")
@@ -61,15 +59,7 @@ def main(_):
   layer = LAYER.value
   names = {n: f"blocks.{layer}.{n}" for n in ("mlp_in", "mlp_out")}
   model = models.load_model(directory, dtype="float32", layers=layer + 1)
-  windows = data.make_windows(
-    data.sample(data.builtin(), seed=0),
-    model.tokenizer.backend_tokenizer,
-    context=CONTEXT.value,
-    max_tokens=BATCH.value * (CONTEXT.value - 1),
-    bos_id=2,
-    pad_id=0,
-  )
-  tokens = windows.tokens[: BATCH.value]
+  tokens = turns.real_tokens(model, BATCH.value, CONTEXT.value)
   capture = tuple(names.values())
 
   def ours(tokens):
@@ -82,43 +72,21 @@ def main(_):
     f"transformers {kind}": peer(directory, layer, kind)
     for kind in ("eager", "sdpa")
   }
-  values = {name: run(tokens) for name, run in runs.items()}  # and warm up
-  gap = max(
-    float(np.abs(values["ours"][n] - other[n]).max() / np.abs(other[n]).max())
-    for other in values.values()
-    for n in names
-  )
-  seconds = {name: [] for name in runs}
-  for _ in range(ROUNDS.value):
-    for name, run in runs.items():
-      began = time.perf_counter()
-      run(tokens)
-      seconds[name].append(time.perf_counter() - began)
-  rates = {n: tokens.size / float(np.median(s)) for n, s in seconds.items()}
-  best = max(rate for name, rate in rates.items() if name != "ours")
+  gap = turns.largest_gap(runs, tokens)
+  peers = turns.rates(runs, tokens, ROUNDS.value)
+  rate = peers.pop("ours")
   flops = model.config.flops_per_token(layer + 1, CONTEXT.value, unembed=False)
-  result = {
-    "name": "harvest",
-    "ours": rates["ours"],
-    "peers": {n: r for n, r in rates.items() if n != "ours"},
-    "unit": "tokens/s",
-    "ratio": rates["ours"] / best,
-    "equal": gap < 1e-4,
-    "relative_gap": gap,
-    "gflops_per_second": rates["ours"] * flops / 1e9,
-    "device": str(jax.devices()[0]),
-  }
-  if JSON.value:
-    print(json.dumps(result))
-    return
-  for name, rate in rates.items():
-    print(f"{name:24} {rate:10.0f} tokens/s")
-  print(
-    f"ratio to the best peer {result['ratio']:.2f}; largest relative gap "
-    f"{gap:.1e}; {result['gflops_per_second']:.0f} GFLOP/s"
+  result = turns.result(
+    "harvest",
+    rate,
+    peers,
+    gap=gap,
+    tolerance=1e-4,
+    gflops_per_second=rate * flops / 1e9,
+    device=str(jax.devices()[0]),
   )
-  if not result["equal"]:
-    raise SystemExit("the two do not compute the same thing")
+  turns.show(result, as_json=JSON.value)
+  turns.must_be_equal([result])
 
 
 if __name__ == "__main__":

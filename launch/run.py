@@ -5,18 +5,14 @@ python -m launch.run --config=configs/quickstart.py --workdir=runs/first
 
 import importlib
 import json
-import logging
-import os
 import pathlib
-import signal
 import sys
 import time
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from gemma_jax import cache
+from launch import distributed, process
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "FILE or FILE:argument of a config.", lock_config=True
@@ -33,20 +29,14 @@ DRY_RUN = flags.DEFINE_bool(
 TRACEBACK = flags.DEFINE_bool(
   "traceback", False, "Show where an error came from."
 )
-
-
-def _set_up_jax() -> None:
-  """Everything that must happen before the first use of a device."""
-  import jax
-
-  compiled = cache.directory("compiled")
-  jax.config.update("jax_compilation_cache_dir", str(compiled))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _stop(*_) -> None:
-  logging.getLogger("gemma_jax").info("stopped: resume with the same command")
-  sys.exit(0)
+COORDINATOR = flags.DEFINE_string(
+  "coordinator_address", None, "HOST:PORT of process 0, for several processes."
+)
+PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the whole run.")
+PROCESS = flags.DEFINE_integer("process_id", None, "From 0; of this process.")
+TIMEOUT = flags.DEFINE_integer(
+  "initialization_timeout", 300, "Seconds to wait for the other processes."
+)
 
 
 def _parse(argv):
@@ -63,28 +53,31 @@ def main(argv) -> None:
   began = time.perf_counter()
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments {argv[1:]}.")
-  absl_logging.set_verbosity(absl_logging.WARNING)
-  logging.getLogger("gemma_jax").setLevel(logging.INFO)
-  # PyTorch is not needed; transformers need not say that it is missing.
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-  if CACHE.value:
-    os.environ[cache.VARIABLE] = CACHE.value
-  signal.signal(signal.SIGTERM, _stop)
-  _set_up_jax()
+  process.set_up(CACHE.value)
   config = CONFIG.value.to_dict()
   filename = config_flags.get_config_filename(flags.FLAGS["config"])
   name = pathlib.Path(filename.split(":")[0]).stem
   workdir = pathlib.Path(WORKDIR.value or f"runs/{name}")
   try:
+    distributed.start(
+      COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout=TIMEOUT.value
+    )
     job = importlib.import_module(config["job"])
     if DRY_RUN.value:
-      print(json.dumps({"config": config, **job.plan(config)}, indent=2))
-      return
-    results = job.run(config, workdir)
+      results = {"config": config, **job.plan(config)}
+    else:
+      results = job.run(config, workdir)
   except (ValueError, OSError, ImportError, FloatingPointError) as e:
     if TRACEBACK.value:
       raise
     sys.exit(f"error: {e}\n(--traceback shows where.)")
+  import jax  # late, so that wrong flags are told at once
+
+  if jax.process_index():
+    return  # process 0 speaks for all
+  if DRY_RUN.value:
+    print(json.dumps(results, indent=2))
+    return
   for key, value in results.items():
     if isinstance(value, float):
       value = f"{value:.6g}"

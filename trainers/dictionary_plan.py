@@ -114,7 +114,7 @@ def prepare(
   track.check(config["track"] or ())
   model = model or models.describe(config["model"]["name"])
   acts, train = config["activations"], config["train"]
-  where = {n: sites.parse(acts[n], model.num_layers) for n in ("read", "write")}
+  where = {n: sites.parse(acts[n], model) for n in ("read", "write")}
   if any(site.layer is None for site in where.values()):
     raise ValueError("activations.read and .write name one layer each, not *.")
   read, write = where["read"], where["write"]
@@ -171,5 +171,5 @@ def prepare(
       f"dictionary.width={dictionary.width} does not divide over the {split} "
       "devices of the mesh's fsdp and tensor axes."
     )
-  depth = sites.last_layer((acts["read"], acts["write"]), model.num_layers)
+  depth = sites.last_layer((acts["read"], acts["write"]), model)
   return Plan(dict(config), model, dictionary, mesh, depth)

@@ -72,7 +72,7 @@ def store_path(
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _sites(cfg, params, tokens, capture, dtype):
-  depth = sites.last_layer(capture, cfg.num_layers)
+  depth = sites.last_layer(capture, cfg)
   _, found = forward(cfg, params, tokens, capture=capture, stop_at=depth)
   return {name: x.astype(dtype) for name, x in found.items()}
 

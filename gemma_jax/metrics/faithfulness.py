@@ -57,7 +57,7 @@ def spliced_cross_entropy(
     fn if isinstance(fn, Partial) else Partial(fn)
     for fn in replacements.values()
   )
-  short = _same_block(read, write, model.config.num_layers)
+  short = _same_block(read, write, model.config)
   totals = np.zeros((1 + len(names), 2))
   count = 0
   bar = progress.bar(int(mask[:, 1:].sum()), "splice", unit="tokens")
@@ -89,9 +89,9 @@ def spliced_cross_entropy(
   }
 
 
-def _same_block(read: str, write: str, num_layers: int) -> str:
+def _same_block(read: str, write: str, cfg) -> str:
   """The short name of `read`."""
-  source, target = (sites.parse(s, num_layers) for s in (read, write))
+  source, target = (sites.parse(s, cfg) for s in (read, write))
   if source.layer != target.layer:
     raise ValueError(
       f"read={read!r} and write={write!r} must be sites of one block."

@@ -1,29 +1,36 @@
-"""Forward passes of Gemma 2 and 3, with named sites."""
+"""Forward passes of Gemma 2 and 3, GPT-2, Pythia and Llama; named sites."""
 
-from gemma_jax.models.config import PRESETS, ModelConfig
-from gemma_jax.models.forward import forward, unembed
-from gemma_jax.models.model import (
-  Model,
+from gemma_jax.models import edits, reduce
+from gemma_jax.models.config import ModelConfig
+from gemma_jax.models.edits import PerLayer, Splice
+from gemma_jax.models.families import PRESETS
+from gemma_jax.models.forward import forward, site_gradients, unembed
+from gemma_jax.models.model import Model, load_model
+from gemma_jax.models.sharding import make_mesh
+from gemma_jax.models.sources import (
+  DEMO,
   describe,
-  load_model,
   load_tokenizer,
   read_config,
   resolve,
 )
-from gemma_jax.models.sharding import make_mesh
-from gemma_jax.models.sites import Splice
 
 __all__ = [
+  "DEMO",
   "PRESETS",
   "Model",
   "ModelConfig",
+  "PerLayer",
   "Splice",
   "describe",
+  "edits",
   "forward",
   "load_model",
   "load_tokenizer",
   "make_mesh",
   "read_config",
+  "reduce",
   "resolve",
+  "site_gradients",
   "unembed",
 ]

@@ -6,20 +6,26 @@ scans, so that nothing else is recorded; `*` sites are outputs of the scans.
 """
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.models import gemma, sharding
+from gemma_jax.models import attention as attention_lib
+from gemma_jax.models import families, layers, sharding
 from gemma_jax.models import sites as sites_lib
 from gemma_jax.models.config import ModelConfig
-from gemma_jax.models.sites import Edit, Site, Splice
+from gemma_jax.models.edits import Edit, PerLayer, Splice
+from gemma_jax.models.sites import Site
 
-# Past this many layers captured by number, one scan that records them all
-# compiles faster than a body for each, and costs memory for L layers.
+# Past this many layers captured by number, one scan that writes them to a
+# buffer compiles faster than a body for each.
 MAX_OWN_BODIES = 4
+
+Capture = Sequence[str] | Mapping[str, Callable | None]
 
 
 def forward(
@@ -28,24 +34,33 @@ def forward(
   tokens: jax.Array,
   *,
   mask: jax.Array | None = None,
-  capture: Sequence[str] = (),
+  capture: Capture = (),
   edits: Mapping[str, Edit] | None = None,
   stop_at: int | str | None = None,
-) -> tuple[jax.Array | None, dict[str, jax.Array]]:
+  attention: str = "auto",
+  unroll: bool = False,
+) -> tuple[jax.Array | None, dict[str, Any]]:
   """Runs the model. Pure: jit it with everything but arrays static.
 
   Args:
     cfg: the model.
-    params: `{"embed": [V, D], "blocks": {name: [L, ...]}, "final_norm": [D]}`;
-      the blocks may hold only the first layers.
+    params: `{"embed": [V, D], "blocks": {name: [L, ...]}, "final_norm": [D]}`
+      and what else the family has; the blocks may hold only the first layers.
     tokens: int [B, T].
-    mask: bool [B, T], False at padding; None means no padding.
+    mask: bool [B, T], False at padding, on either side; None means no padding.
+      Positions count what is not padding.
     capture: sites to return, in any spelling that `sites.parse` accepts;
-      `blocks.*.mlp_in` comes back stacked, [L, B, T, D].
+      `blocks.*.mlp_in` comes back stacked, [L, B, T, D]. A mapping gives each
+      a function that reduces its value, [B, T, D], on the spot, or None; see
+      `reduce`.
     edits: site -> pure function of the value (or of the value and the layer
-      index), or a `Splice`. A capture of an edited site sees the edited value.
+      index), `PerLayer` or `Splice`; see the module `edits`. A capture of an
+      edited site sees the edited value.
     stop_at: stop early and return no logits: the number of blocks to run, or
       a site, after whose block to stop.
+    attention: "xla", "chunked", "cudnn" or "auto"; see the module `attention`.
+    unroll: run the blocks one by one instead of in a scan. XLA's cost
+      analysis counts a scan's body once; unrolled, it counts every layer.
 
   Returns:
     logits [B, T, V] in float32 or wider (None with `stop_at`), and the
@@ -53,53 +68,173 @@ def forward(
 
   Raises:
     ValueError: a site or layer that does not exist, or one past `stop_at`;
-      layers that are not loaded; one site edited under two names; tokens
-      that are not integers [B, T], or a mask of another shape.
+      layers that are not loaded; one site edited under two names; an edit that
+      changes shape or dtype; tokens that are not integers [B, T], or longer
+      than the model's context; a mask of another shape; an attention that
+      lacks a feature of the model.
+  """
+  valid = None if mask is None else mask.astype(bool)
+  logits, found, _ = run(
+    cfg,
+    params,
+    tokens,
+    valid,
+    capture=capture,
+    edits=list((edits or {}).items()),
+    stop_at=stop_at,
+    attention=attention,
+    unroll=unroll,
+  )
+  return logits, found
+
+
+def site_gradients(
+  cfg: ModelConfig,
+  params,
+  tokens: jax.Array,
+  sites: Sequence[str],
+  loss: Callable[[jax.Array | None, Mapping[str, Any]], jax.Array],
+  *,
+  mask: jax.Array | None = None,
+  capture: Capture = (),
+  edits: Mapping[str, Edit] | None = None,
+  stop_at: int | str | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
+  """The gradient of a loss with respect to sites, as after their edits.
+
+  Args:
+    cfg: the model.
+    params: see `forward`.
+    tokens: int [B, T].
+    sites: what to differentiate by.
+    loss: pure function of the logits and the captured sites to a scalar.
+    mask: see `forward`.
+    capture: sites to return and to give to the loss.
+    edits: see `forward`.
+    stop_at: see `forward`.
+
+  Returns:
+    The loss, {site: gradient} of the sites' own shapes and dtypes, and the
+    captured sites.
+
+  Raises:
+    ValueError: see `forward`.
+  """
+
+  def outputs(noise, capture):
+    # Adding nothing, after the edits, is where the gradient enters.
+    return run(
+      cfg,
+      params,
+      tokens,
+      None if mask is None else mask.astype(bool),
+      capture=capture,
+      edits=list((edits or {}).items()),
+      noise=noise,
+      stop_at=stop_at,
+    )[:2]
+
+  shapes = jax.eval_shape(lambda: outputs({}, tuple(sites))[1])
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+  def objective(noise):
+    logits, found = outputs(noise, capture)
+    return loss(logits, found), found
+
+  (value, found), gradients = jax.value_and_grad(objective, has_aux=True)(zeros)
+  return value, gradients, found
+
+
+def run(
+  cfg,
+  params,
+  tokens,
+  valid,
+  *,
+  capture=(),
+  edits=(),
+  noise=None,
+  stop_at=None,
+  attention="auto",
+  unroll=False,
+  start=0,
+  cache=None,
+  keep_cache=False,
+):
+  """`forward`, and what generation and gradients need besides.
+
+  Args:
+    cfg: the model.
+    params: see `forward`.
+    tokens: int [B, T].
+    valid: bool [B, S], of all slots, or None where T = S and all are valid.
+    capture: see `forward`.
+    edits: pairs of a site and its edit.
+    noise: site -> an array that is added to its value after the edits.
+    stop_at: see `forward`.
+    attention: see `forward`.
+    unroll: see `forward`.
+    start: the slot of the first token.
+    cache: keys and values so far, [L, B, S, K, H] each, or None.
+    keep_cache: whether to return keys and values.
+
+  Returns:
+    logits, sites, and keys and values of all slots (None unless kept).
   """
   check_tokens(tokens)
-  if mask is not None and mask.shape != tokens.shape:
+  length = tokens.shape[1]
+  slots = length if cache is None else cache[0].shape[2]
+  if slots > cfg.max_context:
     raise ValueError(
-      f"mask must be [B, T] as tokens are, {tokens.shape}; got {mask.shape}."
+      f"The context is {slots} tokens long, and the model's longest is "
+      f"{cfg.max_context}. Cut the text into windows."
+    )
+  if valid is not None and valid.shape != (tokens.shape[0], slots):
+    raise ValueError(
+      f"mask must be [B, T] as tokens are, {(tokens.shape[0], slots)}; got "
+      f"{valid.shape}."
     )
   depth = _depth(cfg, params, stop_at)
-  wanted = {name: sites_lib.parse(name, cfg.num_layers) for name in capture}
-  changes = {}
-  for name, edit in (edits or {}).items():
-    site = sites_lib.parse(name, cfg.num_layers)
-    if site in changes:
-      raise ValueError(
-        f"{site} is edited twice, the second time as {name!r}. Make one "
-        "function of the two."
-      )
-    changes[site] = _as_function(name, edit)
-  for name, site in wanted.items() | {str(s): s for s in changes}.items():
-    if (site.layer or 0) >= depth:
-      raise ValueError(
-        f"Site {name!r} lies past stop_at={stop_at!r}: only the first {depth} "
-        "blocks run."
-      )
+  wanted, changes = _parse(cfg, capture, edits, noise or {}, depth, stop_at)
   dtype = params["embed"].dtype
-  valid = jnp.ones((1, tokens.shape[1]), bool) if mask is None else mask
-  ctx = gemma.context(cfg, valid, dtype)
+  if cache is None:
+    attention = attention_lib.choose(cfg, attention, length, dtype)
+  else:
+    attention = "xla"
+  if valid is None:
+    positions = jnp.arange(length)[None]
+  else:
+    positions = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
+    positions = jnp.maximum(positions, 0)
+    positions = jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1)
+  ctx = layers.context(
+    cfg, positions, dtype, valid=valid, start=start, implementation=attention
+  )
   with jax.named_scope("embed"):
-    scale = jnp.asarray(cfg.width**0.5, dtype)
-    x = sharding.constrain(params["embed"][tokens] * scale)
-  x, found = _run_blocks(cfg, params["blocks"], x, ctx, depth, wanted, changes)
+    x = params["embed"][tokens]
+    if cfg.embed_scale != 1:
+      x = x * jnp.asarray(cfg.embed_scale, dtype)
+    if "positions" in params:
+      x = x + params["positions"][positions]
+    x = sharding.constrain(x)
+  per_layer = layers.stacked(cfg)._replace(cache=cache)
+  blocks = _Blocks(cfg, params["blocks"], per_layer, ctx, keep_cache, unroll)
+  x, found, cache = blocks.run(x, depth, wanted, changes)
   logits = None if stop_at is not None else unembed(cfg, params, x)
-  return logits, {name: found[site] for name, site in wanted.items()}
+  return logits, found, cache
 
 
 def unembed(cfg: ModelConfig, params, x: jax.Array) -> jax.Array:
-  """Final norm, tied head and soft-cap: resid_post [..., D] -> [..., V]."""
+  """Final norm, head and soft-cap: resid_post [..., D] -> logits [..., V]."""
   with jax.named_scope("unembed"):
-    x = gemma.rms_norm(x, params["final_norm"], cfg)
+    x = families.of(cfg).norm(cfg, params, "final_norm", x)
     logits = jnp.einsum(
       "...d,vd->...v",
       x,
-      params["embed"],
+      params["embed" if cfg.tied else "unembed"],
       preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
     )
-    return gemma.soft_cap(logits, cfg.final_softcap)
+    return attention_lib.soft_cap(logits, cfg.final_softcap)
 
 
 def num_loaded(params) -> int:
@@ -121,7 +256,7 @@ def _depth(cfg, params, stop_at) -> int:
   if stop_at is None:
     depth = cfg.num_layers
   elif isinstance(stop_at, str):
-    depth = sites_lib.last_layer((stop_at,), cfg.num_layers)
+    depth = sites_lib.last_layer((stop_at,), cfg)
   else:
     depth = stop_at
     if not 0 <= depth <= cfg.num_layers:
@@ -138,103 +273,275 @@ def _depth(cfg, params, stop_at) -> int:
   return depth
 
 
-def _as_function(name, edit):
-  """An edit as fn(value, layer index, sites so far in the block)."""
+def _parse(cfg, capture, edits, noise, depth, stop_at):
+  """{name: (Site, reduction)}, and the changes as [(Site, edit)] in order."""
+  reductions = capture if isinstance(capture, Mapping) else {}
+  wanted = {
+    name: (sites_lib.parse(name, cfg), reductions.get(name)) for name in capture
+  }
+  changes = {}
+  for name, edit in edits:
+    site = check_edit(cfg, name, edit)
+    if site in changes:
+      raise ValueError(
+        f"{site} is edited twice, the second time as {name!r}. Make one "
+        "function of the two."
+      )
+    changes[site] = edit
+  changes = list(changes.items())
+  for name, value in noise.items():
+    site = sites_lib.parse(name, cfg)
+    change = (
+      PerLayer(jnp.add, value)
+      if site.layer is None
+      else (functools.partial(jnp.add, value))
+    )
+    changes.append((site, change))
+  asked = [(name, site) for name, (site, _) in wanted.items()]
+  for name, site in asked + [(str(site), site) for site, _ in changes]:
+    if (site.layer or 0) >= depth:
+      raise ValueError(
+        f"Site {name!r} lies past stop_at={stop_at!r}: only the first {depth} "
+        "blocks run."
+      )
+  return wanted, changes
+
+
+def check_edit(cfg: ModelConfig, name: str, edit) -> Site:
+  """The site `name`; raises ValueError unless `edit` can be its edit."""
+  site = sites_lib.parse(name, cfg)
+  fn = edit
   if isinstance(edit, Splice):
-    read = sites_lib.parse(f"blocks.0.{edit.read}", 1).name
-    here = sites_lib.parse(name, 10**9).name
-    if read == here:
-      return lambda x, layer, seen: edit.fn(x, x)
-    if sites_lib.NAMES.index(read) > sites_lib.NAMES.index(here):
+    read = _read_name(cfg, edit)
+    order = sites_lib.NAMES.index
+    if order(read) > order(site.name):
       raise ValueError(
         f"Splice at {name!r} reads {read!r}, which a block computes later. "
         "Read an earlier site of the block."
       )
-    return lambda x, layer, seen: edit.fn(seen[read], x)
-  if not callable(edit):
+    fn = edit.fn
+  if isinstance(fn, PerLayer):
+    if site.layer is not None:
+      raise ValueError(
+        f"The edit at {name!r} is PerLayer, for `blocks.*`; give a function."
+      )
+    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(fn.tree)}
+    if sizes - {(cfg.num_layers,)}:
+      raise ValueError(
+        f"The arrays of PerLayer at {name!r} must have a leading axis of "
+        f"{cfg.num_layers}, one entry per layer; got {sorted(sizes)}."
+      )
+    fn = fn.fn
+  if not callable(fn):
     raise ValueError(
       f"The edit at {name!r} must be a function or a Splice; got {edit!r}."
     )
+  return site
+
+
+def _read_name(cfg, splice) -> str:
+  return sites_lib.parse(f"blocks.0.{splice.read}", cfg).name
+
+
+def _apply(cfg, edit, entry, name, x, layer, seen):
+  """An edit of any kind, with `entry` the layer's part of a PerLayer."""
+  read = ()
+  if isinstance(edit, Splice):
+    source = _read_name(cfg, edit)
+    read = (x if source == name else seen[source],)
+    edit = edit.fn
+  if isinstance(edit, PerLayer):
+    edit = functools.partial(edit.fn, entry)
+  if read:
+    return edit(*read, x)
+  try:
+    parameters = inspect.signature(edit).parameters.values()
+  except ValueError:  # a builtin
+    return edit(x)
   needed = [
     p
-    for p in inspect.signature(edit).parameters.values()
+    for p in parameters
     if p.default is p.empty
     and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
   ]
-  if len(needed) >= 2:
-    return lambda x, layer, seen: edit(x, layer)
-  return lambda x, layer, seen: edit(x)
+  return edit(x, layer) if len(needed) >= 2 else edit(x)
 
 
 @dataclasses.dataclass
 class _Recorder:
-  """The `site` function of one block: edits, then remembers, then returns."""
+  """The `site` function of one block: edits, then remembers, then returns.
 
+  `edits` are (name, edit, the layer's entry of a PerLayer).
+  """
+
+  cfg: ModelConfig
   layer: jax.Array
-  edits: Mapping[str, list]
+  edits: Sequence[tuple[str, Edit, Any]]
   seen: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
   def __call__(self, name: str, x: jax.Array) -> jax.Array:
-    for edit in self.edits.get(name, ()):
-      y = edit(x, self.layer, self.seen)
-      if jnp.shape(y) != x.shape:
+    for site, edit, entry in self.edits:
+      if site != name:
+        continue
+      y = jnp.asarray(
+        _apply(self.cfg, edit, entry, name, x, self.layer, self.seen)
+      )
+      if (y.shape, y.dtype) != (x.shape, x.dtype):
         raise ValueError(
-          f"An edit of {name} returned shape {jnp.shape(y)}; expected "
-          f"{x.shape}."
+          f"An edit of {name} returned {y.dtype} of shape {y.shape}; expected "
+          f"{x.dtype} of shape {x.shape}. End it with .astype(x.dtype), and "
+          "keep every axis."
         )
-      x = jnp.asarray(y).astype(x.dtype)
+      x = y
     self.seen[name] = x
     return x
 
 
-def _run_blocks(cfg, blocks, x, ctx, depth, wanted, changes):
-  """Runs `depth` blocks as segments; returns x and {Site: value}."""
-  everywhere = {s.name for s in wanted.values() if s.layer is None}
-  captured = {s.layer for s in wanted.values() if s.layer is not None}
-  edited = {s.layer for s in changes if s.layer is not None}
-  by_scan = set()
-  if len(captured) > MAX_OWN_BODIES:
-    by_scan = {s.name for s in wanted.values() if s.layer is not None}
-    captured = set()
-  own = sorted(captured | edited)
-  stacked = everywhere | by_scan
-  layers = gemma.layers(cfg)
+@dataclasses.dataclass
+class _Blocks:
+  """Runs blocks, as scans and one by one, and collects what was asked for."""
 
-  def body(x, inputs, names, layer=None):
-    p, per_layer = inputs
-    edits = {}
-    for site, change in changes.items():
-      if site.layer is None or site.layer == layer:
-        edits.setdefault(site.name, []).append(change)
-    record = _Recorder(per_layer.index, edits)
-    block = gemma.Block(cfg, p["q"].dtype)
-    x = block.apply({"params": p}, x, per_layer, ctx, record)
+  cfg: ModelConfig
+  params: Any
+  per_layer: layers.Layer
+  ctx: layers.Context
+  keep_cache: bool
+  unroll: bool
+
+  def run(self, x, depth, wanted, changes):
+    """x after `depth` blocks, {name: value}, and keys and values."""
+    numbered = {site.layer for site, _ in changes} - {None}
+    captured = {site.layer for site, _ in wanted.values()} - {None}
+    # One stacked output for each name of `everywhere`, one buffer for each
+    # (site, reduction) of `buffers`.
+    everywhere = {n: w for n, w in wanted.items() if w[0].layer is None}
+    buffered = {}
+    if len(captured) > MAX_OWN_BODIES:
+      for name, (site, reduction) in wanted.items():
+        if site.layer is not None:
+          key = site.name, id(reduction)
+          buffered.setdefault(key, {})[name] = (site, reduction)
+      captured = set()
+    own = sorted(captured | numbered)
+    found, stacks, caches = {}, [], []
+    buffers = self._buffers(x, buffered, changes)
+
+    def scan(x, buffers, start, stop):
+      if start == stop:
+        return x, buffers
+
+      def step(carry, inputs):
+        return self._step(carry, inputs, changes, everywhere, buffered)
+
+      (x, buffers), (ys, kv) = jax.lax.scan(
+        step,
+        (x, buffers),
+        self._inputs(slice(start, stop), changes),
+        unroll=self.unroll,
+      )
+      stacks.append(ys)
+      caches.append(kv)
+      return x, buffers
+
+    start = 0
+    for layer in own:
+      x, buffers = scan(x, buffers, start, layer)
+      here = {n: w for n, w in wanted.items() if w[0].layer == layer}
+      here = {} if buffered else here
+      (x, buffers), (ys, kv) = self._step(
+        (x, buffers),
+        self._inputs(layer, changes),
+        changes,
+        everywhere | here,
+        buffered,
+        layer,
+      )
+      found |= {name: ys.pop(name) for name in here}
+      stacks.append(jax.tree.map(lambda y: y[None], ys))
+      caches.append(jax.tree.map(lambda y: y[None], kv))
+      start = layer + 1
+    x, buffers = scan(x, buffers, start, depth)
+    for key, group in buffered.items():
+      slots = _slots(group)
+      for name, (site, _) in group.items():
+        found[name] = jax.tree.map(
+          lambda b, s=slots[site.layer]: b[s], buffers[key]
+        )
+    found |= _concatenate(stacks) if everywhere else {}
+    cache = _concatenate(caches) if self.keep_cache else None
+    return x, found, cache
+
+  def _inputs(self, index, changes):
+    entries = [
+      _tree(edit) if site.layer is None else None for site, edit in changes
+    ]
+    return jax.tree.map(
+      lambda a: a[index], (self.params, self.per_layer, entries)
+    )
+
+  def _step(self, carry, inputs, changes, names, buffered, layer=None):
+    """One block: ((x, buffers), ({name: value}, keys and values))."""
+    x, buffers = carry
+    p, per_layer, entries = inputs
+    edits = [
+      (site.name, edit, entry)
+      for (site, edit), entry in zip(changes, entries, strict=True)
+      if site.layer is None or site.layer == layer
+    ]
+    record = _Recorder(self.cfg, per_layer.index, edits)
+    block = families.of(self.cfg).Block(self.cfg, x.dtype)
+    x, kv = block.apply({"params": p}, x, per_layer, self.ctx, record)
     x = sharding.constrain(x)
-    return x, {name: record.seen[name] for name in names}
 
-  found: dict[Site, jax.Array] = {}
-  pieces: list[dict[str, jax.Array]] = []
+    def value(site, reduction):
+      y = record.seen[site.name]
+      return y if reduction is None else reduction(y)
 
-  def scan(x, start, stop):
-    if start == stop:
-      return x
-    part = jax.tree.map(lambda a: a[start:stop], (blocks, layers))
-    x, ys = jax.lax.scan(lambda x, inputs: body(x, inputs, stacked), x, part)
-    pieces.append(ys)
-    return x
+    written = {}
+    for key, group in buffered.items():
+      slots = _slots(group)
+      # Layers that nobody asked for are written to the slot after the last.
+      table = [slots.get(l, len(slots)) for l in range(self.cfg.num_layers)]
+      slot = jnp.array(table)[per_layer.index]
+      written[key] = jax.tree.map(
+        lambda b, y, s=slot: jax.lax.dynamic_update_index_in_dim(b, y, s, 0),
+        buffers[key],
+        value(*next(iter(group.values()))),
+      )
+    ys = {name: value(*w) for name, w in names.items()}
+    return (x, written), (ys, kv if self.keep_cache else None)
 
-  start = 0
-  for layer in own:
-    x = scan(x, start, layer)
-    names = stacked | {s.name for s in wanted.values() if s.layer == layer}
-    part = jax.tree.map(lambda a, l=layer: a[l], (blocks, layers))
-    x, seen = body(x, part, names, layer)
-    pieces.append({name: seen[name][None] for name in stacked})
-    found |= {Site(layer, name): value for name, value in seen.items()}
-    start = layer + 1
-  x = scan(x, start, depth)
-  for name in stacked:
-    whole = jnp.concatenate([piece[name] for piece in pieces])
-    found[Site(None, name)] = whole
-    found |= {Site(l, name): whole[l] for l in range(depth)}
-  return x, found
+  def _buffers(self, x, buffered, changes):
+    """An empty buffer, [layers asked for + 1, ...], for each group."""
+    if not buffered:
+      return {}
+    names = {key: next(iter(g.values())) for key, g in buffered.items()}
+    shapes = jax.eval_shape(
+      lambda x: self._step(
+        (x, {}), self._inputs(0, changes), changes, names, {}
+      )[1][0],
+      x,
+    )
+    return {
+      key: jax.tree.map(
+        lambda s, g=group: jnp.zeros((len(_slots(g)) + 1, *s.shape), s.dtype),
+        shapes[key],
+      )
+      for key, group in buffered.items()
+    }
+
+
+def _slots(group) -> dict[int, int]:
+  """{layer: its place in the buffer}."""
+  asked = sorted({site.layer for site, _ in group.values()})
+  return {layer: i for i, layer in enumerate(asked)}
+
+
+def _tree(edit):
+  """The arrays of a PerLayer, also within a Splice; None for others."""
+  fn = edit.fn if isinstance(edit, Splice) else edit
+  return fn.tree if isinstance(fn, PerLayer) else None
+
+
+def _concatenate(pieces):
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)

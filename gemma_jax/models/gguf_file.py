@@ -184,12 +184,6 @@ def _tensors(cursor, metadata, n_tensors, gguf) -> dict[str, Tensor]:
   return tensors
 
 
-# ---------------------------------------------------------------------------
-# Architectures. A further family is a config function, a table, and a row in
-# `_ARCHITECTURES`.
-# ---------------------------------------------------------------------------
-
-
 def field(file: File, key: str, kind: type, default=None) -> Any:
   """A metadata value of a type; integers are positive unless they are ids."""
   value = file.metadata.get(key, default)

@@ -1,7 +1,8 @@
-"""The SentencePiece vocabulary of a GGUF file as a tokenizer.json."""
+"""The vocabulary of a GGUF file as a tokenizer.json."""
 
 import json
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 import tokenizers
@@ -12,8 +13,15 @@ from gemma_jax.models.gguf_file import File, field
 # tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
+# tokenizer.ggml.pre -> what splits the text. llama.cpp, src/llama-vocab.cpp,
+# names more than seventy.
+_PRE_TOKENIZERS = {
+  "gpt-2": (),
+  "smollm": (tokenizers.pre_tokenizers.Digits(individual_digits=True),),
+}
 
-def write_tokenizer(
+
+def write_sentencepiece(
   file: File, cfg: config_lib.ModelConfig, directory: pathlib.Path
 ):
   """tokenizer.json and tokenizer_config.json, as transformers has Gemma's.
@@ -24,6 +32,15 @@ def write_tokenizer(
 
   Normaliser, pre-tokenizer and decoder: huggingface/transformers,
   models/gemma/tokenization_gemma.py.
+
+  Args:
+    file: the file's header.
+    cfg: for the ids of special tokens.
+    directory: where to write.
+
+  Raises:
+    ValueError: a tokenizer of another kind, or ids, tokens and types that do
+      not agree.
   """
   kind = file.metadata.get("tokenizer.ggml.model")
   if kind != "llama":
@@ -31,17 +48,14 @@ def write_tokenizer(
       f"{file.path}: the tokenizer {kind!r} is not supported; expected "
       "'llama', a SentencePiece vocabulary, which every Gemma 3 has."
     )
-  tokens, kinds = _vocabulary(file)
+  # llama.cpp writes the tokens that are runs of spaces with real spaces.
+  tokens, kinds = _vocabulary(
+    file, lambda token: token.replace(" ", "▁") if token.isspace() else token
+  )
   vocab = {token: i for i, token in enumerate(tokens)}
   unk_id = field(file, "tokenizer.ggml.unknown_token_id", int)
   ids = {"bos": cfg.bos_id, "eos": cfg.eos_id, "pad": cfg.pad_id, "unk": unk_id}
-  for name, i in ids.items():
-    if not 0 <= i < len(tokens):
-      raise ValueError(
-        f"{file.path}: expected the id of <{name}> to be below {len(tokens)}, "
-        f"got {i}. Convert the model to GGUF again."
-      )
-  special = {name: tokens[i] for name, i in ids.items()}
+  special = _special(file, tokens, ids)
   tokenizer = tokenizers.Tokenizer(
     tokenizers.models.BPE(
       vocab=vocab,
@@ -64,16 +78,156 @@ def write_tokenizer(
   )
   # Runs of spaces are user-defined too. They come about by merging, because an
   # added token would be looked for before spaces become "▁", and never found.
-  added = [
-    tokenizers.AddedToken(
-      token, normalized=False, special=kind != _USER_DEFINED
-    )
-    for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-    if (kind in (_UNKNOWN, _CONTROL) or i in ids.values())
-    or (kind == _USER_DEFINED and token.strip("▁"))
+  merged = [
+    _NORMAL if kind == _USER_DEFINED and not token.strip("▁") else kind
+    for token, kind in zip(tokens, kinds, strict=True)
   ]
-  tokenizer.add_tokens(added)
-  add_bos = field(file, "tokenizer.ggml.add_bos_token", bool, True)
+  _add_tokens(tokenizer, tokens, merged, ids)
+  _save(
+    file,
+    tokenizer,
+    special,
+    directory,
+    "GemmaTokenizer",
+    add_bos=True,
+    padding_side="left",
+  )
+
+
+def write_byte_level(
+  file: File, cfg: config_lib.ModelConfig, directory: pathlib.Path
+):
+  """tokenizer.json and tokenizer_config.json of a byte-level BPE.
+
+  Gives the ids of llama.cpp, but around a byte that is no token: it is left
+  out, here and in Hugging Face's before its neighbours merge, in llama.cpp
+  after. SmolLM2 lacks six control characters, and two bytes of characters
+  that are not assigned.
+
+  Pre-tokenizers: llama.cpp, src/llama-vocab.cpp, llm_tokenizer_bpe. "smollm"
+  takes every digit by itself before GPT-2's rule is used on what is between,
+  so that two spaces before a digit stay together.
+
+  Args:
+    file: the file's header.
+    cfg: for the ids of special tokens.
+    directory: where to write.
+
+  Raises:
+    ValueError: a tokenizer or pre-tokenizer of another kind (named), or ids,
+      tokens, types and merges that do not agree.
+  """
+  kind = file.metadata.get("tokenizer.ggml.model")
+  if kind != "gpt2":
+    raise ValueError(
+      f"{file.path}: the tokenizer {kind!r} is not supported for this "
+      "architecture; expected 'gpt2', a byte-level BPE. Load the model's "
+      "Hugging Face directory."
+    )
+  split = file.metadata.get("tokenizer.ggml.pre")
+  if not isinstance(split, str) or split not in _PRE_TOKENIZERS:
+    raise ValueError(
+      f"{file.path}: the pre-tokenizer {split!r} is not supported; expected "
+      f"one of {sorted(_PRE_TOKENIZERS)}. Load the model's Hugging Face "
+      "directory."
+    )
+  tokens, kinds = _vocabulary(file)
+  ids = {"bos": cfg.bos_id, "eos": cfg.eos_id, "pad": cfg.pad_id}
+  if "tokenizer.ggml.unknown_token_id" in file.metadata:
+    ids["unk"] = field(file, "tokenizer.ggml.unknown_token_id", int)
+  special = _special(file, tokens, ids)
+  vocab = {token: i for i, token in enumerate(tokens)}
+  merges = [
+    tuple(merge.split(" "))
+    for merge in field(file, "tokenizer.ggml.merges", list)
+  ]
+  for merge in merges:
+    if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
+      raise ValueError(
+        f"{file.path}: expected every merge to be two tokens that make a "
+        f"third, got {' '.join(merge)!r}. Convert the model to GGUF again."
+      )
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.BPE(vocab=vocab, merges=merges)
+  )
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+    [
+      *_PRE_TOKENIZERS[split],
+      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  )
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  _add_tokens(tokenizer, tokens, kinds, ids)
+  _save(
+    file,
+    tokenizer,
+    special,
+    directory,
+    # GPT2Tokenizer and LlamaTokenizer put their own pre-tokenizer in place of
+    # the one in tokenizer.json.
+    "PreTrainedTokenizerFast",
+    add_bos=False,
+  )
+
+
+def _vocabulary(
+  file: File, spell: Callable[[str], str] = str
+) -> tuple[list[str], list[int]]:
+  """Every token as its tokenizer spells it, and its type."""
+  tokens = [spell(t) for t in field(file, "tokenizer.ggml.tokens", list)]
+  kinds = field(file, "tokenizer.ggml.token_type", np.ndarray).tolist()
+  if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
+    raise ValueError(
+      f"{file.path}: expected different tokens and a type for each; got "
+      f"{len(tokens)} tokens, {len(set(tokens))} different ones, and "
+      f"{len(kinds)} types. Convert the model to GGUF again."
+    )
+  return tokens, kinds
+
+
+def _special(
+  file: File, tokens: list[str], ids: dict[str, int]
+) -> dict[str, str]:
+  """The tokens of special ids."""
+  for name, i in ids.items():
+    if not 0 <= i < len(tokens):
+      raise ValueError(
+        f"{file.path}: expected the id of <{name}> to be below {len(tokens)}, "
+        f"got {i}. Convert the model to GGUF again."
+      )
+  return {name: tokens[i] for name, i in ids.items()}
+
+
+def _add_tokens(
+  tokenizer: tokenizers.Tokenizer,
+  tokens: list[str],
+  kinds: list[int],
+  ids: dict[str, int],
+):
+  """Tokens that are found whole in text; all but the user's are special."""
+  tokenizer.add_tokens(
+    [
+      tokenizers.AddedToken(
+        token, normalized=False, special=kind != _USER_DEFINED
+      )
+      for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+      if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) or i in ids.values()
+    ]
+  )
+
+
+def _save(
+  file: File,
+  tokenizer: tokenizers.Tokenizer,
+  special: dict[str, str],
+  directory: pathlib.Path,
+  tokenizer_class: str,
+  *,
+  add_bos: bool,
+  **settings: str,
+):
+  """Writes both files; `add_bos` holds where the GGUF file does not say it."""
+  add_bos = field(file, "tokenizer.ggml.add_bos_token", bool, add_bos)
   add_eos = field(file, "tokenizer.ggml.add_eos_token", bool, False)
   before = [special["bos"]] if add_bos else []
   after = [special["eos"]] if add_eos else []
@@ -87,15 +241,17 @@ def write_tokenizer(
       "$B:1",
       *(f"{token}:1" for token in after),
     ],
-    special_tokens=[(token, vocab[token]) for token in before + after],
+    special_tokens=[
+      (token, tokenizer.token_to_id(token)) for token in before + after
+    ],
   )
   tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
   contents = {f"{name}_token": token for name, token in special.items()}
   contents |= {
-    "tokenizer_class": "GemmaTokenizer",
+    "tokenizer_class": tokenizer_class,
     "add_bos_token": add_bos,
     "add_eos_token": add_eos,
-    "padding_side": "left",
+    **settings,
     "clean_up_tokenization_spaces": False,
     "spaces_between_special_tokens": False,
   }
@@ -103,24 +259,7 @@ def write_tokenizer(
   if isinstance(template, str):
     contents["chat_template"] = template
   path = directory / "tokenizer_config.json"
-  path.write_text(json.dumps(contents, indent=2))
-
-
-def _vocabulary(file: File) -> tuple[list[str], list[int]]:
-  """Every token as SentencePiece spells it, and its type."""
-  tokens = field(file, "tokenizer.ggml.tokens", list)
-  kinds = field(file, "tokenizer.ggml.token_type", np.ndarray).tolist()
-  # llama.cpp writes the tokens that are runs of spaces with real spaces.
-  tokens = [
-    token.replace(" ", "▁") if token.isspace() else token for token in tokens
-  ]
-  if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
-    raise ValueError(
-      f"{file.path}: expected different tokens and a type for each; got "
-      f"{len(tokens)} tokens, {len(set(tokens))} different ones, and "
-      f"{len(kinds)} types. Convert the model to GGUF again."
-    )
-  return tokens, kinds
+  path.write_text(json.dumps(contents, indent=2), encoding="utf-8")
 
 
 def _merges(tokens: list[str], kinds: list[int]) -> list[tuple[str, str]]:

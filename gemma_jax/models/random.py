@@ -11,30 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import cache
-from gemma_jax.models import config as config_lib
-from gemma_jax.models import gemma, weights
+from gemma_jax.models import families, layers, tables, weights
 from gemma_jax.models.config import ModelConfig
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
 def init(cfg: ModelConfig, key: jax.Array, dtype=jnp.float32):
-  """Random parameters of `models.forward`, norm gains N(0, 0.3) around one."""
-  embed_key, norm_key, block_key = jax.random.split(key, 3)
-  block = gemma.Block(cfg, dtype)
-  one = jax.tree.map(lambda a: a[0], gemma.layers(cfg))
-  ctx = gemma.context(cfg, jnp.ones((1, 1), bool), dtype)
-  x = jnp.zeros((1, 1, cfg.width), dtype)
+  """Random parameters of `models.forward`, in which no feature is hidden."""
 
-  def make(key):
-    return block.init(key, x, one, ctx, lambda name, value: value)["params"]
+  def make(table, key):
+    keys = jax.random.split(key, len(table))
+    return {
+      name: layers.initializer(name, row, cfg)(k, tables.shape(row, cfg), dtype)
+      for k, (name, row) in zip(keys, table.items(), strict=True)
+    }
 
-  d, v = cfg.width, cfg.vocab_size
-  return {
-    "embed": jax.random.normal(embed_key, (v, d), dtype) * d**-0.5,
-    "blocks": jax.vmap(make)(jax.random.split(block_key, cfg.num_layers)),
-    "final_norm": 0.3 * jax.random.normal(norm_key, (d,), dtype),
-  }
+  family = families.of(cfg)
+  top_key, block_key = jax.random.split(key)
+  block_keys = jax.random.split(block_key, cfg.num_layers)
+  blocks = jax.vmap(lambda key: make(family.block(cfg), key))(block_keys)
+  return {**make(family.top(cfg), top_key), "blocks": blocks}
 
 
 def checkpoint(preset: str, *, seed: int = 0) -> pathlib.Path:
@@ -44,13 +41,13 @@ def checkpoint(preset: str, *, seed: int = 0) -> pathlib.Path:
   embedding has more rows than the tokenizer has tokens.
 
   Args:
-    preset: a key of `config.PRESETS`.
+    preset: a key of `families.PRESETS`.
     seed: of the weights.
 
   Raises:
     ValueError: no such preset.
   """
-  presets = config_lib.PRESETS
+  presets = families.PRESETS
   if preset not in presets:
     raise ValueError(
       f"There is no preset {preset!r}; expected one of {', '.join(presets)}."
@@ -61,9 +58,8 @@ def checkpoint(preset: str, *, seed: int = 0) -> pathlib.Path:
   partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
   partial.mkdir(parents=True)
   cfg = presets[preset]
-  hf = config_lib.to_hf_config(cfg)
+  hf = families.to_hf_config(cfg)
   (partial / "config.json").write_text(json.dumps(hf, indent=2))
-  # Without jit, flax would also run the blocks to learn their parameters.
   params = jax.jit(init, static_argnums=0)(cfg, jax.random.key(seed))
   weights.save(partial, jax.tree.map(np.asarray, params), cfg)
   _byte_tokenizer(partial)

@@ -11,26 +11,23 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 
-# One rule per tensor, dims in the comment; blocks have a leading layer axis L.
-RULES: Mapping[str, P] = {
-  "embed": P("tensor", "fsdp"),  # V D
-  "final_norm": P(),  # D
-  "pre_attn_norm": P(),  # L D
-  "q": P(None, "fsdp", "tensor", None),  # L D N H
-  "k": P(None, "fsdp", "tensor", None),  # L D K H
-  "v": P(None, "fsdp", "tensor", None),  # L D K H
-  "o": P(None, "tensor", None, "fsdp"),  # L N H D
-  "q_norm": P(),  # L H
-  "k_norm": P(),  # L H
-  "post_attn_norm": P(),  # L D
-  "pre_mlp_norm": P(),  # L D
-  "gate": P(None, "fsdp", "tensor"),  # L D F
-  "up": P(None, "fsdp", "tensor"),  # L D F
-  "down": P(None, "tensor", "fsdp"),  # L F D
-  "post_mlp_norm": P(),  # L D
+# One rule per tensor: its dims, each with the mesh axis that splits it. Norms
+# and biases are small: every device has them whole.
+RULES: Mapping[str, str] = {
+  "embed": "V:tensor D:fsdp",
+  "positions": "P:tensor D:fsdp",
+  "unembed": "V:tensor D:fsdp",
+  "q": "L D:fsdp N:tensor H",
+  "k": "L D:fsdp K:tensor H",
+  "v": "L D:fsdp K:tensor H",
+  "o": "L N:tensor H D:fsdp",
+  "gate": "L D:fsdp F:tensor",
+  "up": "L D:fsdp F:tensor",
+  "down": "L F:tensor D:fsdp",
 }
-# Dims that may stay whole where an axis does not divide them.
-MAY_REPLICATE = {("k", 2), ("v", 2), ("embed", 0)}
+# Dims that stay whole where an axis does not divide them: heads of keys and
+# values, of which there may be one, and vocabularies, which may be odd.
+MAY_REPLICATE = "KV"
 ACTIVATIONS = P(("data", "fsdp"), None, None)  # B T D
 
 
@@ -77,25 +74,26 @@ def spec(name: str, shape: Sequence[int], mesh: Mesh) -> P:
   Raises:
     ValueError: a dimension that its mesh axis does not divide.
   """
-  rule = RULES[name]
-  fitted = list(rule)
-  for dim, axis in enumerate(rule):
-    if axis is None or shape[dim] % mesh.shape[axis] == 0:
+  fitted = []
+  for dim, size in zip(RULES.get(name, "").split(), shape, strict=False):
+    letter, _, axis = dim.partition(":")
+    if not axis or size % mesh.shape[axis] == 0:
+      fitted.append(axis or None)
       continue
-    if (name, dim) not in MAY_REPLICATE:
+    if letter not in MAY_REPLICATE:
       raise ValueError(
-        f"{name} has {shape[dim]} entries in dimension {dim}, which mesh axis "
+        f"{name} has {size} entries in dimension {letter}, which mesh axis "
         f"{axis!r} of {mesh.shape[axis]} does not divide. Choose a divisor."
       )
     logging.getLogger("gemma_jax").info(
-      "%s: dimension %d (%d) is replicated over %r (%d)",
+      "%s: dimension %s (%d) is replicated over %r (%d)",
       name,
-      dim,
-      shape[dim],
+      letter,
+      size,
       axis,
       mesh.shape[axis],
     )
-    fitted[dim] = None
+    fitted.append(None)
   return P(*fitted)
 
 
@@ -113,6 +111,10 @@ def constrain(x: jax.Array) -> jax.Array:
 
 
 def put_batch(array: np.ndarray, mesh: Mesh) -> jax.Array:
-  """A host array [B, ...] split over the mesh's batch axes."""
+  """A host array [B, ...], the same in each process, split over the batch."""
   rest = (None,) * (array.ndim - 1)
-  return jax.device_put(array, NamedSharding(mesh, P(("data", "fsdp"), *rest)))
+  where = NamedSharding(mesh, P(("data", "fsdp"), *rest))
+  # Not device_put, which wants all devices to be of this process.
+  return jax.make_array_from_callback(
+    array.shape, where, lambda index: array[index]
+  )

@@ -1,10 +1,10 @@
 """Hugging Face checkpoints to our stacked parameters, and back.
 
-One table says how each tensor is called there and how its dims are turned;
-every tensor of the file must be in it, and every row must find its tensor.
+The family's tables say how each tensor is called there and how its dims are
+turned; every tensor of the file must be in one, and every row must find its
+tensor.
 """
 
-import dataclasses
 import os
 import re
 
@@ -12,66 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma_jax.models import gemma, safetensors, sharding
+from gemma_jax.models import families, safetensors, sharding, tables
 from gemma_jax.models.config import ModelConfig
-
-# The text tower's prefix in its several homes.
-PREFIX = r"(?:language_model\.model\.|model\.language_model\.|model\.)"
-IGNORED = re.compile(
-  r"lm_head\.weight|.*\.rotary_emb\..*|"
-  r"(?:model\.)?(?:vision_tower|multi_modal_projector)\..*"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One of our tensors: its name in a layer there, and its axes there.
-
-  Attributes:
-    theirs: name after `layers.{l}.`, or after the prefix for a top tensor.
-    axes: the order of our dims in theirs, after splitting N H (or K H);
-      () where both are the same.
-  """
-
-  theirs: str
-  axes: tuple[int, ...] = ()
-
-
-BLOCK = {
-  "pre_attn_norm": Row("input_layernorm.weight"),
-  "q": Row("self_attn.q_proj.weight", (1, 2, 0)),  # NH D
-  "k": Row("self_attn.k_proj.weight", (1, 2, 0)),  # KH D
-  "v": Row("self_attn.v_proj.weight", (1, 2, 0)),  # KH D
-  "o": Row("self_attn.o_proj.weight", (2, 0, 1)),  # D NH
-  "q_norm": Row("self_attn.q_norm.weight"),
-  "k_norm": Row("self_attn.k_norm.weight"),
-  "post_attn_norm": Row("post_attention_layernorm.weight"),
-  "pre_mlp_norm": Row("pre_feedforward_layernorm.weight"),
-  "gate": Row("mlp.gate_proj.weight", (1, 0)),  # F D
-  "up": Row("mlp.up_proj.weight", (1, 0)),  # F D
-  "down": Row("mlp.down_proj.weight", (1, 0)),  # D F
-  "post_mlp_norm": Row("post_feedforward_layernorm.weight"),
-}
-TOP = {"embed": Row("embed_tokens.weight"), "final_norm": Row("norm.weight")}
-
-
-def _shape_there(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Our shape in their order, before N H are merged."""
-  return tuple(shape[a] for a in row.axes) if row.axes else shape
-
-
-def _merged(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
-  there = _shape_there(row, shape)
-  if row.axes == (1, 2, 0):
-    return (there[0] * there[1], there[2])
-  if row.axes == (2, 0, 1):
-    return (there[0], there[1] * there[2])
-  return there
-
-
-def top_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Shapes of the parameters outside the blocks, by name."""
-  return {"embed": (cfg.vocab_size, cfg.width), "final_norm": (cfg.width,)}
 
 
 def load(
@@ -102,38 +44,29 @@ def load(
     raise ValueError(
       f"layers={num_layers} must be 1..{cfg.num_layers} for this model."
     )
-  tensors = safetensors.open_directory(directory)
-  views = _match(tensors, cfg, directory)
+  tensors = _match(safetensors.open_directory(directory), cfg, directory)
 
-  def put(name, rows, row, shape):
-    stacked = (len(rows), *shape) if name in BLOCK else shape
-    where = sharding.sharding(name, stacked, mesh)
+  def put(name, row, stack):
+    shape = tables.shape(row, cfg)
+    if stack is not None:
+      shape = (stack, *shape)
 
     def read(index):
-      if name in TOP:
-        return np.asarray(rows[0][index], dtype)
-      layers = range(*index[0].indices(len(rows)))
-      slices = [_ours(rows[l], row, shape)[index[1:]] for l in layers]
-      out = np.empty((len(layers), *slices[0].shape), dtype)
-      for l, part in enumerate(slices):
+      if stack is None:
+        return np.asarray(tensors(row, None)[index], dtype)
+      members = range(*index[0].indices(stack))
+      parts = [tensors(row, l)[index[1:]] for l in members]
+      out = np.empty((len(parts), *parts[0].shape), dtype)
+      for l, part in enumerate(parts):
         out[l] = part
       return out
 
-    return jax.make_array_from_callback(stacked, where, read)
+    where = sharding.sharding(name, shape, mesh)
+    return jax.make_array_from_callback(shape, where, read)
 
-  blocks = {
-    name: put(
-      name,
-      [views[name, l] for l in range(loaded)],
-      BLOCK[name],
-      shape,
-    )
-    for name, shape in gemma.block_shapes(cfg).items()
-  }
-  top = {
-    name: put(name, [views[name, None]], TOP[name], shape)
-    for name, shape in top_shapes(cfg).items()
-  }
+  family = families.of(cfg)
+  blocks = {n: put(n, row, loaded) for n, row in family.block(cfg).items()}
+  top = {n: put(n, row, None) for n, row in family.top(cfg).items()}
   return {**top, "blocks": blocks}
 
 
@@ -143,73 +76,65 @@ def save(directory: str | os.PathLike, params, cfg: ModelConfig) -> None:
   Raises:
     ValueError: only a part of the layers is loaded.
   """
+  family = families.of(cfg)
   there = {}
-  for name, row in TOP.items():
-    there[f"model.{row.theirs}"] = np.asarray(params[name])
-  for name, stack in params["blocks"].items():
+
+  def put(row, layer, x):
+    key = row.theirs.format(layer)
+    if key not in there:
+      there[key] = np.empty(tables.shape_there(row, cfg), x.dtype)
+    tables.view(there[key], row, cfg)[...] = x
+
+  for name, row in family.top(cfg).items():
+    put(row, None, np.asarray(params[name]))
+  for name, row in family.block(cfg).items():
+    stack = params["blocks"][name]
     if stack.shape[0] != cfg.num_layers:
       raise ValueError(
         f"{stack.shape[0]} of {cfg.num_layers} layers are loaded; load all of "
         "them before saving."
       )
-    row = BLOCK[name]
-    for l, x in enumerate(np.asarray(stack)):
-      turned = np.transpose(x, row.axes) if row.axes else x
-      key = f"model.layers.{l}.{row.theirs}"
-      there[key] = turned.reshape(_merged(row, x.shape))
+    for layer, x in enumerate(np.asarray(stack)):
+      put(row, layer, x)
   path = os.path.join(os.fspath(directory), safetensors.SINGLE)
   safetensors.write_file(path, there)
 
 
-def _ours(x: np.ndarray, row: Row, shape) -> np.ndarray:
-  """Their tensor as a view with our dims; no copy."""
-  if not row.axes:
-    return x
-  return x.reshape(_shape_there(row, shape)).transpose(np.argsort(row.axes))
-
-
-def _match(tensors, cfg, directory):
-  """{(our name, layer or None): view}, or one error that lists all faults."""
-  by_name = {row.theirs: name for name, row in BLOCK.items()}
-  top_by_name = {row.theirs: name for name, row in TOP.items()}
-  layer_key = re.compile(PREFIX + r"layers\.(\d+)\.(.+)")
-  top_key = re.compile(PREFIX + r"(.+)")
-  shapes = gemma.block_shapes(cfg)
+def _match(found, cfg, directory):
+  """A function (row, layer) -> view, or one error that lists all faults."""
+  family = families.of(cfg)
   wanted = {
-    (name, l): _merged(BLOCK[name], shape)
-    for name, shape in shapes.items()
+    (row.theirs, l): tables.shape_there(row, cfg)
+    for row in family.block(cfg).values()
     for l in range(cfg.num_layers)
-  } | {(name, None): shape for name, shape in top_shapes(cfg).items()}
-  views, seen, extra, wrong = {}, set(), [], []
-  for key, x in tensors.items():
-    if IGNORED.fullmatch(key):
+  } | {
+    (row.theirs, None): tables.shape_there(row, cfg)
+    for row in family.top(cfg).values()
+  }
+  places, seen, extra, wrong = {}, set(), [], []
+  for key, x in found.items():
+    if family.IGNORED.fullmatch(key):
       continue
-    if match := layer_key.fullmatch(key):
-      place = by_name.get(match[2]), int(match[1])
-    else:
-      match = top_key.fullmatch(key)
-      place = (top_by_name.get(match[1]) if match else None), None
+    name = family.PREFIX.sub(family.CANONICAL, key, count=1)
+    number = re.search(r"\.(\d+)\.", name)
+    place = name, None
+    if number:
+      place = name.replace(number[0], ".{}.", 1), int(number[1])
     if place not in wanted or place in seen:
       extra.append(key)
     elif x.shape != wanted[place]:
       wrong.append(f"{key} is {list(x.shape)}, not {list(wanted[place])}")
     else:
-      views[place] = x
+      places[place] = x
     seen.add(place)
-  missing = [_their_name(*p) for p in wanted if p not in seen]
+  missing = [name.format(l) for name, l in wanted if (name, l) not in seen]
   if missing or extra or wrong:
     raise ValueError(
       f"{directory} does not hold the model that its config.json describes. "
       f"Missing: {_list(missing)}. Not expected: {_list(extra)}. "
       f"Of another shape: {_list(wrong)}."
     )
-  return views
-
-
-def _their_name(name: str, layer: int | None) -> str:
-  if layer is None:
-    return f"model.{TOP[name].theirs}"
-  return f"model.layers.{layer}.{BLOCK[name].theirs}"
+  return lambda row, l: tables.view(places[row.theirs, l], row, cfg)
 
 
 def _list(names: list[str], most: int = 20) -> str:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from gemma_jax import models
-from gemma_jax.models import gemma, random
-from gemma_jax.models.config import PRESETS, from_hf_config, to_hf_config
+from gemma_jax.models import gemma, layers, random, tables
+from gemma_jax.models.families import PRESETS, from_hf_config, to_hf_config
 
 
 def hf(preset, **changes):
@@ -58,13 +58,13 @@ def test_flops_are_those_that_the_compiler_counts():
   length = 128
   p = {
     name: jax.ShapeDtypeStruct(shape, jnp.float32)
-    for name, shape in gemma.block_shapes(cfg).items()
+    for name, shape in tables.shapes(gemma.block(cfg), cfg).items()
   }
   x = jax.ShapeDtypeStruct((1, length, cfg.width), jnp.float32)
 
   def block(p, x):
-    layer = jax.tree.map(lambda a: a[0], gemma.layers(cfg))
-    ctx = gemma.context(cfg, jnp.ones((1, length), bool), jnp.float32)
+    layer = jax.tree.map(lambda a: a[0], layers.stacked(cfg))
+    ctx = layers.context(cfg, jnp.arange(length)[None], jnp.float32)
     site = lambda name, value: value  # noqa: E731
     return gemma.Block(cfg).apply({"params": p}, x, layer, ctx, site)
 
@@ -182,10 +182,10 @@ def test_of_several_end_tokens_the_first_counts():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model_type": "llama"}, "model_type 'llama'.*gemma2.*gemma3"),
+    ({"model_type": "gemma4"}, "model_type 'gemma4'.*gemma2.*gemma3"),
     ({"model_type": None}, "model_type None"),
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-    ({"hidden_activation": "gelu"}, "hidden_activation 'gelu'.*_pytorch_tanh"),
+    ({"hidden_activation": "gelu"}, "hidden_activation='gelu'.*_pytorch_tanh"),
     ({"attention_bias": True}, "attention_bias"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings"),
     ({"head_dim": None}, "lacks 'head_dim'.*hidden_size"),
@@ -229,7 +229,7 @@ def test_an_untied_head_is_refused_wherever_the_config_says_so():
     "tie_word_embeddings": False,
     "text_config": hf("gemma3-tiny", tie_word_embeddings=None),
   }
-  with pytest.raises(ValueError, match="tie_word_embeddings=false"):
+  with pytest.raises(ValueError, match="tie_word_embeddings=False"):
     from_hf_config(contents)
 
 
@@ -249,7 +249,7 @@ def test_a_config_that_cannot_be_is_refused():
   [
     ("{", r"config\.json is no JSON.*Download it again"),
     ("[]", r"config\.json.*JSON object; got list"),
-    ('{"model_type": "llama"}', r"config\.json: .*'llama'"),
+    ('{"model_type": "gemma4"}', r"config\.json: .*'gemma4'"),
   ],
 )
 def test_a_bad_config_file_is_named_in_the_error(tmp_path, text, message):

@@ -17,7 +17,7 @@ import safetensors.numpy
 import tokenizers
 import transformers
 
-from gemma_jax.models import config, gguf
+from gemma_jax.models import families, gguf, gguf_models
 
 D, F, N, K, H, L = 32, 64, 2, 1, 16, 2
 PIECES = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", "  ", "<b>"]
@@ -114,7 +114,7 @@ def tensors_of(directory):
 
 def test_the_config_is_the_preset_of_the_released_checkpoint(directory):
   hf = json.loads((directory / "config.json").read_text())
-  assert config.from_hf_config(hf) == config.PRESETS["gemma3-270m"]
+  assert families.from_hf_config(hf) == families.PRESETS["gemma3-270m"]
   theirs = transformers.AutoConfig.from_pretrained(directory)
   assert theirs.model_type == "gemma3_text"
   rope = theirs.rope_parameters
@@ -242,9 +242,9 @@ def test_every_tensor_is_what_the_gguf_library_reads(tmp_path):
   """Two quantisations and float32; norms lose the 1 that llama.cpp adds."""
   path = tiny(tmp_path / "tiny.gguf")
   got = tensors_of(gguf.convert(path, tmp_path / "out"))
-  table = gguf._ARCHITECTURES["gemma3"].weights
+  table = gguf_models._ARCHITECTURES["gemma3"].weights
   names = {
-    f"{w.source}.weight".format(l): f"model.{w.target}.weight".format(l)
+    f"{w.source}.weight".format(l): f"{w.target}.weight".format(l)
     for w in table
     for l in range(L)
   }
@@ -399,8 +399,8 @@ def test_tensors_that_share_bytes_are_refused(tmp_path):
 
 def test_other_architectures_are_refused_by_name(tmp_path):
   refuses(
-    tiny(tmp_path / "tiny.gguf", arch="llama"),
-    r"'llama' is not supported; expected one of \['gemma3'\]",
+    tiny(tmp_path / "tiny.gguf", arch="qwen2"),
+    r"'qwen2' is not supported; expected one of \['gemma3', 'llama'\]",
   )
 
 

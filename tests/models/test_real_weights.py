@@ -11,8 +11,8 @@ import transformers
 
 from gemma_jax import metrics, models
 from gemma_jax.models import gemma
-from gemma_jax.models.model import DEMO
-from tests.models.test_parity import relative, torch_sites
+from gemma_jax.models import DEMO
+from tests.models.torch_models import relative, torch_sites
 
 pytestmark = pytest.mark.torch
 

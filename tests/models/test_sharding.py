@@ -1,5 +1,6 @@
 """Meshes, rules and shards, on eight virtual devices."""
 
+import dataclasses
 import math
 
 import jax
@@ -9,16 +10,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from gemma_jax import models
-from gemma_jax.models import gemma, sharding, weights
-from gemma_jax.models.config import PRESETS
+from gemma_jax.models import families, random, sharding
+from gemma_jax.models.families import PRESETS
 
 PRESET = "gemma2-tiny"
 CFG = PRESETS[PRESET]
 CAPTURE = ("blocks.*.mlp_in", "blocks.3.attn_z", "blocks.2.resid_post")
-SHAPES = {
-  name: (CFG.num_layers, *shape)
-  for name, shape in gemma.block_shapes(CFG).items()
-} | weights.top_shapes(CFG)
+SHAPES = families.shapes(CFG)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def expected(one_device, tokens):
 
 @pytest.mark.parametrize(
   "sizes",
-  [(8, 1, 1), (2, 2, 2), (1, 2, 4)],
+  [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)],
   ids=lambda s: "x".join(map(str, s)),
 )
 def test_eight_devices_give_what_one_gives_and_hold_only_their_part(
@@ -77,6 +75,44 @@ def _part(name, shape, sizes):
   return tuple(n // d for n, d in zip(shape, divisors, strict=True))
 
 
+@pytest.mark.parametrize("preset", ["gemma3", "gpt2", "neox", "llama"])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+def test_every_family_runs_on_every_mesh(preset, sizes, tokens, one_device):
+  """With 8 heads; a device holds 1/n of what is split, and what is not."""
+  cfg = PRESETS[f"{preset}-tiny"]
+  kv_heads = 2 if cfg.num_kv_heads < cfg.num_heads else 8
+  cfg = dataclasses.replace(cfg, num_heads=8, num_kv_heads=kv_heads)
+  params = jax.jit(random.init, static_argnums=0)(cfg, jax.random.key(0))
+  expected = _logits(cfg, params, tokens, one_device)
+  mesh = models.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
+  places = {
+    name: sharding.sharding(name, shape, mesh)
+    for name, shape in families.shapes(cfg).items()
+  }
+  blocks = {name: places.pop(name) for name in params["blocks"]}
+  params = jax.device_put(params, {**places, "blocks": blocks})
+  held, split, whole = np.zeros(8), 0, 0
+  for x in jax.tree.leaves(params):
+    held += [shard.data.nbytes for shard in x.addressable_shards]
+    if x.is_fully_replicated:
+      whole += x.nbytes
+    else:
+      split += x.nbytes
+  n = sizes[1] * sizes[2]
+  assert (split > whole) == (n > 1)
+  assert max(held) <= split / n + whole
+  got = _logits(cfg, params, tokens, mesh)
+  np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def _logits(cfg, params, tokens, mesh):
+  with jax.set_mesh(mesh):
+    logits, _ = jax.jit(models.forward, static_argnums=0)(
+      cfg, params, sharding.put_batch(tokens, mesh)
+    )
+  return np.asarray(logits)
+
+
 def test_a_batch_is_split_over_data_and_fsdp_on_its_way_in_and_out(tokens):
   mesh = models.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   put = sharding.put_batch(tokens, mesh)
@@ -94,36 +130,32 @@ def test_most_of_a_model_is_nowhere_whole():
   cfg = PRESETS["gemma2-2b"]
   here = sum(
     math.prod(sharding.sharding(name, shape, mesh).shard_shape(shape))
-    for name, shape in (
-      {n: (cfg.num_layers, *s) for n, s in gemma.block_shapes(cfg).items()}
-      | weights.top_shapes(cfg)
-    ).items()
+    for name, shape in families.shapes(cfg).items()
   )
   norms = (4 * cfg.num_layers + 1) * cfg.width
   assert here == (cfg.num_parameters() - norms) / 8 + norms
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 4, "tensor": 2}])
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 8}])
 def test_every_preset_fits_the_meshes_of_a_host(preset, sizes):
   cfg, mesh = PRESETS[preset], models.make_mesh(sizes)
-  for name, shape in gemma.block_shapes(cfg).items():
-    stacked = (cfg.num_layers, *shape)
-    part = sharding.sharding(name, stacked, mesh).shard_shape(stacked)
-    assert part[0] == cfg.num_layers
-  for name, shape in weights.top_shapes(cfg).items():
-    sharding.sharding(name, shape, mesh).shard_shape(shape)
+  for name, shape in families.shapes(cfg).items():
+    part = sharding.sharding(name, shape, mesh).shard_shape(shape)
+    if name in families.of(cfg).block(cfg):
+      assert part[0] == cfg.num_layers
 
 
-def test_every_parameter_has_a_rule_with_an_entry_for_each_dim():
-  shapes = SHAPES | {
-    name: (CFG.num_layers, *shape)
-    for name, shape in gemma.block_shapes(PRESETS["gemma3-tiny"]).items()
-  }
-  assert set(sharding.RULES) == set(shapes)
+def test_every_rule_has_an_entry_for_each_dim_of_its_tensor():
+  shapes = {}
+  for preset in PRESETS:
+    shapes |= families.shapes(PRESETS[preset])
+  assert set(sharding.RULES) <= set(shapes)
+  whole = set(shapes) - set(sharding.RULES)
+  assert all(n.endswith(("norm", "bias")) for n in whole)
   for name, rule in sharding.RULES.items():
-    assert len(rule) in (0, len(shapes[name]))
-    axes = [axis for axis in rule if axis is not None]
+    assert len(rule.split()) == len(shapes[name])
+    axes = [dim.split(":")[1] for dim in rule.split() if ":" in dim]
     assert len(axes) == len(set(axes))
 
 
@@ -176,9 +208,9 @@ def test_a_mesh_that_cannot_be_is_an_error_that_names_its_axes(sizes, message):
 @pytest.mark.parametrize(
   ("name", "devices", "axis", "dim", "size"),
   [
-    ("q", 8, "tensor", 2, 4),
-    ("gate", 5, "tensor", 2, 96),
-    ("q", 5, "fsdp", 1, 48),
+    ("q", 8, "tensor", "N", 4),
+    ("gate", 5, "tensor", "F", 96),
+    ("q", 5, "fsdp", "D", 48),
   ],
 )
 def test_an_axis_that_does_not_divide_a_dim_is_an_error_that_names_both(

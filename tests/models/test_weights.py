@@ -16,7 +16,7 @@ import gemma_jax
 from gemma_jax import models
 from gemma_jax.models import random, weights
 from gemma_jax.models import safetensors as ours
-from gemma_jax.models.config import PRESETS, to_hf_config
+from gemma_jax.models.families import PRESETS, to_hf_config
 
 CFG = PRESETS["gemma3-tiny"]
 

@@ -10,8 +10,6 @@ their values must agree.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 import turns
 from absl import app, flags
 
@@ -28,30 +26,21 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 def peer(directory, layer, attention):
   """A function from tokens to the two sites, by forward hooks."""
-  model = transformers.AutoModelForCausalLM.from_pretrained(
-    directory, attn_implementation=attention, dtype=torch.float32
-  ).eval()
+  model = turns.hugging_face(directory, attention)
   inner = model.model
   inner.layers = inner.layers[: layer + 1]
   inner.config.num_hidden_layers = layer + 1
-  found = {}
-
-  def keep(name):
-    def hook(module, args, out):
-      found[name] = out
-
-    return hook
-
   block = inner.layers[layer]
-  block.pre_feedforward_layernorm.register_forward_hook(keep("mlp_in"))
-  block.post_feedforward_layernorm.register_forward_hook(keep("mlp_out"))
+  found = {
+    "mlp_in": turns.keep_output(block.pre_feedforward_layernorm),
+    "mlp_out": turns.keep_output(block.post_feedforward_layernorm),
+  }
 
-  @torch.no_grad()
   def run(tokens):
-    inner(torch.from_numpy(tokens), use_cache=False)
-    return {name: x.numpy() for name, x in found.items()}
+    inner(tokens, use_cache=False)
+    return {name: kept["x"] for name, kept in found.items()}
 
-  return run
+  return turns.torch_run(run)
 
 
 def main(_):

@@ -1,10 +1,18 @@
 """Ours and its peers by turns, on the same tokens."""
 
 import json
+import os
 import time
 
 import jax
 import numpy as np
+
+# Before torch is imported. Its threads wait for one another in busy loops,
+# which makes it many times slower wherever anything else runs as well.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+import transformers
 
 from gemma_jax import data
 
@@ -20,6 +28,32 @@ def real_tokens(model, batch: int, context: int) -> np.ndarray:
     pad_id=model.config.pad_id,
   )
   return windows.tokens[:batch]
+
+
+def hugging_face(directory, attention, *, dtype=torch.float32, device="cpu"):
+  """The model of transformers."""
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    directory, attn_implementation=attention, dtype=dtype
+  )
+  return model.eval().to(device)
+
+
+def keep_output(module) -> dict:
+  """A dict whose "x" is what the module last returned."""
+  found = {}
+  module.register_forward_hook(lambda _, args, out: found.update(x=out))
+  return found
+
+
+def torch_run(function, device="cpu"):
+  """From NumPy tokens to NumPy values, through a function of torch's."""
+
+  @torch.inference_mode()
+  def run(tokens):
+    tokens = torch.from_numpy(np.array(tokens)).long().to(device)
+    return jax.tree.map(lambda x: x.cpu().numpy(), function(tokens))
+
+  return run
 
 
 def gap(ours, theirs) -> float:
@@ -90,6 +124,11 @@ def show(result: dict, *, as_json: bool, notes=()) -> None:
   for note in notes:
     print(f"  {note}")
   print(end="", flush=True)
+
+
+def first_line(error: Exception) -> str:
+  """An exception's type and the first line of its message."""
+  return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def must_be_equal(results) -> None:

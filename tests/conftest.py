@@ -12,7 +12,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 # a missing torch is an error, here its tests are left out.
 WITHOUT_TORCH = sys.version_info >= (3, 12)
 if WITHOUT_TORCH:
-  collect_ignore = ["models/test_parity.py", "models/test_real_weights.py"]
+  collect_ignore = [
+    "models/test_parity.py",
+    "models/test_presets_torch.py",
+    "models/test_real_weights.py",
+    "models/test_real_weights_smollm2.py",
+  ]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -38,3 +43,11 @@ def own_cache(tmp_path_factory):
   directory = tmp_path_factory.mktemp("cache")
   os.environ["GEMMA_JAX_CACHE"] = str(directory)
   return directory
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+  """For modules of many small programs, which compile longer than they run."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)

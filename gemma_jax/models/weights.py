@@ -5,6 +5,7 @@ turned; every tensor of the file must be in one, and every row must find its
 tensor.
 """
 
+import math
 import os
 import re
 
@@ -53,13 +54,14 @@ def load(
 
     def read(index):
       if stack is None:
-        return np.asarray(tensors(row, None)[index], dtype)
-      members = range(*index[0].indices(stack))
-      parts = [tensors(row, l)[index[1:]] for l in members]
-      out = np.empty((len(parts), *parts[0].shape), dtype)
-      for l, part in enumerate(parts):
-        out[l] = part
-      return out
+        views = [tensors(row, None)[index]]
+      else:
+        members = range(*index[0].indices(stack))
+        views = [tensors(row, layer)[index[1:]] for layer in members]
+      out = _empty((len(views), *views[0].shape), dtype)
+      for view, into in zip(views, out, strict=True):
+        safetensors.copy(view, into)
+      return out[0] if stack is None else out
 
     where = sharding.sharding(name, shape, mesh)
     return jax.make_array_from_callback(shape, where, read)
@@ -135,6 +137,14 @@ def _match(found, cfg, directory):
       f"Of another shape: {_list(wrong)}."
     )
   return lambda row, l: tables.view(places[row.theirs, l], row, cfg)
+
+
+def _empty(shape, dtype) -> np.ndarray:
+  """As np.empty, where JAX's CPU devices can use it without a copy."""
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  raw = np.empty(size + 63, np.uint8)
+  start = -raw.ctypes.data % 64
+  return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _list(names: list[str], most: int = 20) -> str:

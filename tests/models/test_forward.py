@@ -11,16 +11,10 @@ from gemma_jax import models
 from gemma_jax.models import gemma, layers
 from gemma_jax.models.sites import NAMES
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LENGTH = 40  # beyond the tiny models' window of 12
 EVERYTHING = tuple(f"blocks.*.{name}" for name in NAMES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-  """Forty small programs: compiling them is most of the time spent here."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -700,3 +694,58 @@ def test_a_mask_of_another_shape_than_the_tokens_is_an_error(
 def test_token_ids_may_be_lists_and_narrow_or_unsigned(gemma2, tokens, full2):
   for same in (tokens.tolist(), tokens.astype(np.uint16)):
     np.testing.assert_array_equal(everything(gemma2, same)[0], full2[0])
+
+
+def test_token_ids_out_of_the_vocabulary_are_an_error(gemma2):
+  for wrong in (np.array([[5, 1000]]), jnp.array([[-1, 5]])):
+    for run in (gemma2.forward, gemma2.generate):
+      kwargs = {"max_new_tokens": 1} if run == gemma2.generate else {}
+      with pytest.raises(ValueError, match=r"vocabulary is 0\.\.999"):
+        run(wrong, **kwargs)
+
+
+def test_a_row_of_padding_alone_is_an_error_that_names_it(gemma2, tokens):
+  mask = np.ones((2, 40), bool)
+  mask[1] = False
+  for wrong in (mask, jnp.asarray(mask)):
+    with pytest.raises(ValueError, match=r"Rows \[1\] .* all padding"):
+      gemma2.forward(tokens, mask=wrong)
+    with pytest.raises(ValueError, match=r"Rows \[1\] .* all padding"):
+      gemma2.generate(tokens, mask=wrong, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("preset", ["gemma2", "gpt2", "neox", "llama"])
+def test_a_context_longer_than_the_models_is_an_error(preset, one_device):
+  model = models.load_model(f"random:{preset}-tiny", mesh=one_device)
+  with pytest.raises(ValueError, match=r"257 tokens long.*longest is 256"):
+    model.forward(np.zeros((1, 257), int))
+
+
+@pytest.mark.parametrize(
+  ("attention", "message"),
+  [
+    ("flash", "'flash' is unknown; expected one of auto, xla, chunked"),
+    ("cudnn", r"soft-capped scores.*float32.*'cpu'.*Use 'xla', 'chunked'"),
+  ],
+)
+def test_attention_that_lacks_a_feature_is_refused_before_loading(
+  attention, message, one_device
+):
+  with pytest.raises(ValueError, match=message):
+    models.load_model(
+      "random:gemma2-tiny", mesh=one_device, attention=attention
+    )
+
+
+def test_a_parallel_block_has_no_residual_in_its_middle(one_device):
+  model = models.load_model("random:neox-tiny", mesh=one_device)
+  tokens = np.zeros((1, 5), int)
+  for name in ("blocks.1.resid_mid", "blocks.*.hook_resid_mid"):
+    with pytest.raises(ValueError, match=r"no '.*resid_mid' in a neox block"):
+      model.forward(tokens, capture=(name,))
+
+
+def test_unrolled_blocks_give_what_the_scan_gives(gemma3, tokens, full3):
+  run = jax.jit(models.forward, static_argnums=0, static_argnames="unroll")
+  logits, _ = run(gemma3.config, gemma3.params, tokens, unroll=True)
+  close(logits, full3[0])

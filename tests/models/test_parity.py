@@ -24,11 +24,20 @@ from tests.models.torch_models import (
   worst,
 )
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compiles")]
 
 LENGTH = 40  # beyond the tiny models' window of 12
 # Of rows of a padded batch: one with more padding than a window, one without.
 LENGTHS = np.array([40, 27, 9])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+  """Torch spends longer waking threads than these models take."""
+  threads = torch.get_num_threads()
+  torch.set_num_threads(1)
+  yield
+  torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +140,13 @@ def test_rows_padded_on_either_side_give_hugging_faces_logits(
   assert distance(got[mask], expected[mask]) < 1e-4
 
 
+@pytest.mark.parametrize("preset", TINY)
 def test_greedy_continuations_of_padded_rows_equal_hugging_faces(
-  theirs, ours, tokens
+  preset, tokens, save, one_device
 ):
+  # With a small embedding a tied model does not repeat its last token.
+  theirs = tiny(preset, embedding=0.3, matrices=3.0)
+  ours = models.load_model(save(theirs), mesh=one_device)
   prompt, new = tokens[:, :20], 24
   lengths = LENGTHS // 2
   mask = np.arange(20) >= 20 - lengths[:, None]
@@ -146,7 +159,7 @@ def test_greedy_continuations_of_padded_rows_equal_hugging_faces(
       pad_token_id=0,
     ).numpy()[:, 20:]
   assert expected.shape == (3, new)
-  assert len(np.unique(expected)) > 10
+  assert len(np.unique(expected)) > 15
   # As theirs does, ours goes on past the end.
   endless = dataclasses.replace(ours.config, eos_id=-1)
   endless = dataclasses.replace(ours, config=endless)
@@ -158,8 +171,9 @@ def test_greedy_continuations_of_padded_rows_equal_hugging_faces(
 
   np.testing.assert_array_equal(added(prompt, mask), expected)
   np.testing.assert_array_equal(added(prompt, mask, cache=False), expected)
-  turned = np.stack([np.roll(x, n) for x, n in zip(prompt, lengths)])
-  np.testing.assert_array_equal(added(turned, mask[:, ::-1]), expected)
+  turned = [np.roll(x, n) for x, n in zip(prompt, lengths, strict=True)]
+  turned = added(np.stack(turned), mask[:, ::-1])
+  np.testing.assert_array_equal(turned, expected)
 
 
 # Each part of a block on its own, with Hugging Face's own input to it.
@@ -254,10 +268,11 @@ def test_rotary_embeddings_equal_hugging_faces(preset):
   q = np.random.default_rng(0).normal(size=(3, LENGTH, 2, cfg.head_dim))
   q = q.astype(np.float32)
   ctx = layers.context(cfg, jnp.asarray(positions), jnp.float32)
-  kinds = [None, None]
-  if preset == "gemma3-tiny":
-    kinds = ["sliding_attention", "full_attention"]
-  for which, kind in enumerate(kinds):
+  for is_global in set(cfg.layer_is_global):
+    which = int(is_global)
+    kind = None
+    if preset == "gemma3-tiny":
+      kind = ("sliding_attention", "full_attention")[which]
     expected = rotate(theirs, q, positions, kind)
     got = layers.rope(jnp.asarray(q), ctx.cos[which], ctx.sin[which])
     assert relative(got, expected) < 1e-6
@@ -342,7 +357,7 @@ def test_gpt2_without_a_head_prefix_or_with_old_buffers_is_the_same(
     old = {}
     for l in range(5):
       old[f"h.{l}.attn.bias"] = np.tri(256, dtype=np.float32)[None, None]
-      old[f"h.{l}.attn.masked_bias"] = np.float32(-1e4)
+      old[f"h.{l}.attn.masked_bias"] = np.full((), -1e4, np.float32)
     return tensors | old
 
   same_parameters(bare, expected, one_device)
@@ -359,7 +374,7 @@ def test_neox_with_the_buffers_of_old_files_is_the_same(save, one_device):
     for l in range(5):
       here = f"gpt_neox.layers.{l}.attention."
       old[f"{here}bias"] = np.tri(256, dtype=bool)[None, None]
-      old[f"{here}masked_bias"] = np.float32(-1e9)
+      old[f"{here}masked_bias"] = np.full((), -1e9, np.float32)
       old[f"{here}rotary_emb.inv_freq"] = np.ones(2, np.float32)
     return tensors | old
 

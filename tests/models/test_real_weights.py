@@ -10,8 +10,7 @@ import torch
 import transformers
 
 from gemma_jax import metrics, models
-from gemma_jax.models import gemma
-from gemma_jax.models import DEMO
+from gemma_jax.models import DEMO, gemma
 from tests.models.torch_models import relative, torch_sites
 
 pytestmark = pytest.mark.torch

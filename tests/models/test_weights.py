@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import huggingface_hub
 import jax
@@ -600,3 +602,44 @@ def test_random_checkpoints_differ_by_seed():
   assert not np.any(
     np.asarray(one["model.norm.weight"]) == np.asarray(two["model.norm.weight"])
   )
+
+
+# Memory.
+
+MEASURE = """
+import sys
+
+import jax
+
+from gemma_jax import models
+
+
+def resident(key):
+  with open("/proc/self/status") as f:
+    return next(int(l.split()[1]) for l in f if l.startswith(key)) * 1024
+
+
+directory, dtype = sys.argv[1:]
+jax.block_until_ready(jax.numpy.ones(3) + 1)
+with open("/proc/self/clear_refs", "w") as f:
+  f.write("5")  # forgets the peak so far
+before = resident("VmRSS:")
+model = models.load_model(directory, dtype=dtype)
+jax.block_until_ready(model.params)
+size = sum(x.nbytes for x in jax.tree.leaves(model.params))
+print((resident("VmHWM:") - before) / size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_the_real_model_peaks_at_its_own_size(dtype):
+  """Not at twice that: neither the file nor a stack is in memory besides."""
+  directory = models.resolve(models.DEMO)
+  done = subprocess.run(
+    [sys.executable, "-c", MEASURE, directory, dtype],
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  assert 0.9 < float(done.stdout) < 1.2

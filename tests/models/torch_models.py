@@ -67,11 +67,13 @@ MODULES = {
 }
 
 
-def tiny(preset, **changes):
+def tiny(preset, *, embedding=3.0, matrices=1.0, **changes):
   """A Hugging Face model of the preset in which no parameter is hidden.
 
   Args:
     preset: a key of PRESETS.
+    embedding: scale of the embeddings' weights.
+    matrices: scale of the other matrices.
     **changes: of config.json.
   """
   hf = families.to_hf_config(families.PRESETS[preset]) | changes
@@ -86,7 +88,8 @@ def tiny(preset, **changes):
         p.add_(torch.randn(p.shape), alpha=0.3)
         continue
       inputs = p.shape[0 if isinstance(module, Conv1D) else 1]
-      scale = 3 if isinstance(module, torch.nn.Embedding) else 1
+      embeds = isinstance(module, torch.nn.Embedding)
+      scale = embedding if embeds else matrices
       p.copy_(torch.randn(p.shape) * scale * inputs**-0.5)
   # Random models never mean the end when they say so.
   model.generation_config.eos_token_id = None

@@ -11,9 +11,11 @@ what its users commonly do. That is the whole model with a hook and
 installed. `harvest.py` cuts transformers off after the layer.
 
 On a GPU: random weights in bfloat16, no files, and of the batches that fit,
-the quickest. `harvest` is all blocks; `logits` are reduced to their largest,
-so that nothing large leaves. transformers takes part where torch has CUDA; it
-gets the memory that JAX leaves (XLA_PYTHON_CLIENT_MEM_FRACTION).
+the quickest. `harvest` is all blocks; `logits` are reduced to each token's
+largest, so that nothing large leaves. Our implementations of attention must
+agree. transformers takes part where torch has CUDA, in the memory that JAX
+leaves it (XLA_PYTHON_CLIENT_MEM_FRACTION). Every batch is compiled: where time
+is short, take one claim and one preset at a time.
 
 FLOPs count all T x T scores, those too that an implementation leaves out. MFU
 is their share of the measured rate of matrix products.
@@ -63,7 +65,7 @@ MAX_BATCH = flags.DEFINE_integer("max_batch", 256, "The largest, on a GPU.")
 LAYER = 8
 SITE = f"blocks.{LAYER}.mlp_out"
 # Largest gap, relative to the largest value.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 # Dense bfloat16 FLOP/s of the data sheets, by JAX's name of the device.
 DATA_SHEET = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
 
@@ -103,7 +105,7 @@ def transformer_lens_runs(directory, claim):
       str(directory), dtype=torch.float32
     )
   except Exception as e:
-    # Not installed, too old, or without this model.
+    # Not installed, another version, or without this model.
     return {}, f"TransformerLens takes no part: {turns.first_line(e)}"
 
   def harvest(tokens):
@@ -180,7 +182,7 @@ def reduced(cfg, attention, claim, params, tokens):
   )
   if claim == "logits":
     # Not their sum, which XLA may take before the product with the embedding.
-    return jnp.max(run()[0])
+    return jnp.max(run()[0], axis=-1)
   last = f"blocks.{cfg.num_layers - 1}.resid_post"
   capture = {last: models.reduce.mean()}
   return run(capture=capture, stop_at=cfg.num_layers)[1][last]
@@ -248,7 +250,7 @@ def cuda_peers(cfg, params, claim, batch, context, device="cuda"):
 
       def values(tokens, model=model, last=last):
         if claim == "logits":
-          return model(tokens, use_cache=False).logits.max().float()
+          return model(tokens, use_cache=False).logits.amax(-1).float()
         model.model(tokens, use_cache=False)
         return last["x"].mean((0, 1), dtype=torch.float32)
 
@@ -296,7 +298,7 @@ def on_gpu(preset, claim):
   rates = {
     (attention, batch): rate
     for attention, found in tried.items()
-    if attention in values and attention not in failed
+    if isinstance(found, dict)
     for batch, rate in found.items()
   }
   if not rates:
@@ -308,6 +310,7 @@ def on_gpu(preset, claim):
     peers = cuda_peers(cfg, params, claim, batch, context)
   values |= {name: value for name, (_, _, value) in peers.items()}
   first, *others = values.values()
+  gaps = [turns.gap(first, value) for value in others]
   flops = ours * cfg.flops_per_token(
     cfg.num_layers, context, unembed=claim == "logits"
   )
@@ -316,9 +319,7 @@ def on_gpu(preset, claim):
     f"forward {claim} {preset}",
     ours,
     {name: rate for name, (rate, _, _) in peers.items() if rate},
-    gap=float(np.max([turns.gap(first, x) for x in others]))
-    if others
-    else None,
+    gap=float(np.max(gaps)) if gaps else None,
     tolerance=TOLERANCE["bfloat16"],
     attention=attention,
     batch=batch,

@@ -93,7 +93,8 @@ def rates(runs, tokens, rounds: int) -> dict[str, float]:
 
 
 def result(name, ours, peers, *, gap, tolerance, **more) -> dict:
-  """The object that --json prints."""
+  """The object that --json prints; a gap of None was not measured."""
+  unknown = gap is None or not np.isfinite(gap)
   return {
     "name": name,
     "ours": ours,
@@ -101,7 +102,7 @@ def result(name, ours, peers, *, gap, tolerance, **more) -> dict:
     "unit": "tokens/s",
     "ratio": ours / max(peers.values()) if peers else None,
     "equal": None if gap is None else bool(gap < tolerance),
-    "relative_gap": gap,
+    "relative_gap": None if unknown else gap,
     **more,
   }
 
@@ -117,7 +118,7 @@ def show(result: dict, *, as_json: bool, notes=()) -> None:
   ratio, gap = result["ratio"], result["relative_gap"]
   facts = [
     "no peer" if ratio is None else f"ratio to the best peer {ratio:.2f}",
-    "nothing to compare with" if gap is None else f"relative gap {gap:.1e}",
+    "no relative gap" if gap is None else f"relative gap {gap:.1e}",
     f"{result['gflops_per_second']:.0f} GFLOP/s",
   ]
   print("  " + "; ".join(facts))

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from gemma_jax import models
-from gemma_jax.models import sharding
+from gemma_jax.models import families, sharding
 
 BATCH, CONTEXT = 8, 1024
 ESTIMATE = (
-  "Memory on each device is the parameters over fsdp x tensor (the few that a "
-  "rule leaves whole are not counted), and one block's activations of "
-  f"{BATCH} x {CONTEXT} tokens: the residual stream and the larger of "
-  "attention, with scores and softmax in float32, and MLP. No logits."
+  "Memory on each device is its shards of the parameters, and one block's "
+  f"activations of {BATCH} x {CONTEXT} tokens: the residual stream and the "
+  "larger of attention, with scores and softmax in float32, and MLP. No logits."
 )
 
 
@@ -49,31 +48,33 @@ def which_models(memory: float, devices: int) -> list[dict]:
 
 def parameters_per_device(
   cfg: models.ModelConfig, mesh: Mapping[str, int]
-) -> float:
-  """Parameters over the mesh's fsdp x tensor, without what stays whole."""
-  return cfg.num_parameters() / (mesh["fsdp"] * mesh["tensor"])
+) -> int:
+  """Entries of all shards of one device.
+
+  Raises:
+    ValueError: the mesh does not divide the model.
+  """
+  abstract = AbstractMesh(tuple(mesh[a] for a in sharding.AXES), sharding.AXES)
+  return sum(
+    math.prod(sharding.sharding(name, shape, abstract).shard_shape(shape))
+    for name, shape in families.shapes(cfg).items()
+  )
 
 
 def _meshes(cfg, devices: int):
   """Meshes that the sharding rules allow, those with the fewest parts first."""
-  layers = cfg.num_layers
-  shapes = {
-    "embed": (cfg.vocab_size, cfg.width),
-    "q": (layers, cfg.width, cfg.num_heads, cfg.head_dim),
-    "up": (layers, cfg.width, cfg.mlp_width),
-  }
   found = []
   for fsdp in range(1, devices + 1):
     for tensor in range(1, devices // fsdp + 1):
       if devices % (fsdp * tensor):
         continue
-      mesh = (devices // (fsdp * tensor), fsdp, tensor)
+      data = devices // (fsdp * tensor)
+      mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
       try:
-        for name, shape in shapes.items():
-          sharding.spec(name, shape, AbstractMesh(mesh, sharding.AXES))
+        parameters_per_device(cfg, mesh)
       except ValueError:
         continue
-      found.append(dict(zip(sharding.AXES, mesh, strict=True)))
+      found.append(mesh)
   return sorted(found, key=lambda m: (m["fsdp"] * m["tensor"], m["tensor"]))
 
 

@@ -136,7 +136,7 @@ def test_a_model_with_chunks_equals_the_one_with_all_scores(
 def test_a_loaded_model_runs_the_attention_that_it_was_loaded_with(
   one_device, monkeypatch
 ):
-  tokens = np.random.default_rng(0).integers(4, 1000, (1, 40))
+  tokens = np.random.default_rng(0).integers(4, 1000, (1, 41))
   ran = []
   attend = attention.attend
 

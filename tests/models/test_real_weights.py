@@ -93,3 +93,31 @@ def test_the_true_mlp_in_the_transcoders_place_changes_nothing(ours, tokens):
   assert abs(loss["mlp"]["ce"] - loss["clean"]["ce"]) < 1e-4
   assert loss["mlp"]["kl"] < 1e-4
   assert loss["zero"]["ce"] - loss["clean"]["ce"] > 0.01
+
+
+def test_bfloat16_is_as_near_to_float32_as_hugging_faces(
+  theirs, tokens, one_device
+):
+  """Each against float32, for bfloat16 rounds along another way in each."""
+  tokens = tokens[:, :256]
+  half = transformers.AutoModelForCausalLM.from_pretrained(
+    models.resolve(DEMO), attn_implementation="eager", dtype=torch.bfloat16
+  ).eval()
+  with torch.no_grad():
+    exact, rough = (
+      model(torch.tensor(tokens), use_cache=False).logits.float().numpy()
+      for model in (theirs, half)
+    )
+  ours = models.load_model(DEMO, dtype="bfloat16", mesh=one_device)
+  assert ours.params["embed"].dtype == jnp.bfloat16
+  got, _ = ours.forward(tokens)
+
+  def error(logits):
+    return float(np.sqrt(np.mean(np.square(np.asarray(logits) - exact))))
+
+  def kl(logits):
+    p, q = (jax.nn.log_softmax(jnp.asarray(x)) for x in (exact, logits))
+    return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
+
+  assert 0 < error(got) <= 1.2 * error(rough)
+  assert 0 < kl(got) <= 1.2 * kl(rough)

@@ -119,6 +119,13 @@ def transformer_lens_runs(directory, claim):
   return {"TransformerLens": turns.torch_run(run)}, "TransformerLens takes part"
 
 
+def torch_matmul_rate(size=2048):
+  """FLOP/s of a square product: how much of a ratio is torch's BLAS."""
+  a = torch.randn(size, size)
+  each = turns.rates({"": lambda _: a @ a}, np.zeros(1), 10)[""]
+  return 2 * size**3 * each
+
+
 def on_cpu(claim):
   """Prints and returns the result of one claim."""
   load, waiting = os.getloadavg()[0], os.environ["OMP_WAIT_POLICY"]
@@ -141,7 +148,7 @@ def on_cpu(claim):
     **lens,
   }
   gap = turns.largest_gap(runs, tokens)
-  machine = doctor.matmul_rate("float32")
+  machine, theirs = doctor.matmul_rate("float32"), torch_matmul_rate()
   peers = turns.rates(runs, tokens, ROUNDS.value)
   ours = peers.pop("ours")
   whole = claim == "logits"
@@ -159,6 +166,7 @@ def on_cpu(claim):
     dtype="float32",
     gflops_per_second=ours * flops / 1e9,
     matmul_gflops_per_second=machine / 1e9,
+    torch_matmul_gflops_per_second=theirs / 1e9,
     mfu=ours * flops / machine,
     device=str(jax.devices()[0]),
     torch_threads=torch.get_num_threads(),
@@ -166,7 +174,8 @@ def on_cpu(claim):
     load=load,
   )
   notes = [
-    f"MFU {result['mfu']:.0%} of {machine / 1e9:.0f} GFLOP/s",
+    f"MFU {result['mfu']:.0%} of {machine / 1e9:.0f} GFLOP/s; torch's "
+    f"own matrix products reach {theirs / 1e9:.0f} GFLOP/s",
     f"{result['torch_threads']} torch threads, waiting {waiting}",
     f"load {load:.1f} on {os.cpu_count()} cores before the start",
     lens_note,

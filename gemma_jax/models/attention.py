@@ -16,7 +16,7 @@ from gemma_jax.models.config import ModelConfig
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn")
 # Queries of a chunk, and slices of the queries that are compiled one by one,
 # each with the keys that it may see.
-CHUNK = 256
+CHUNK = 128
 SLICES = 16
 
 
@@ -39,7 +39,7 @@ def choose(cfg: ModelConfig, implementation: str, length: int, dtype) -> str:
       f"{', '.join(IMPLEMENTATIONS)}."
     )
   if implementation == "auto":
-    return "chunked" if length > 2 * CHUNK else "xla"
+    return "chunked" if length > CHUNK else "xla"
   if implementation == "cudnn":
     lacks = []
     if cfg.attn_softcap is not None:

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gemma_jax.models import sharding
 from gemma_jax.models.forward import run as run_model
 from gemma_jax.models.forward import unembed
 
@@ -96,4 +97,4 @@ def generate(static, params, tokens, valid, temperature, edits, key):
 
   state = jnp.asarray(length + 1), carry, cache
   _, (buffer, _), _ = jax.lax.while_loop(unfinished, step, state)
-  return buffer[:, length:]
+  return sharding.replicate(buffer[:, length:])

@@ -90,18 +90,18 @@ class Model:
         see `models.forward`.
     """
     tokens, mask = self._inputs(tokens, mask)
-    names, reductions = _capture(capture)
+    wanted, reductions = _capture(capture)
     sites, changes = _edits(self.config, edits)
     with jax.set_mesh(self.mesh):
       logits, found = _forward(
-        (self.config, names, sites, stop_at, self.attention),
+        (self.config, wanted, sites, stop_at, self.attention),
         self.params,
         self._put(tokens),
         self._put(mask),
         reductions,
         changes,
       )
-    return logits, {name: found[name] for name in names}
+    return logits, {name: found[name] for name in capture}
 
   def site_gradients(
     self,
@@ -133,11 +133,11 @@ class Model:
       ValueError: see `forward`.
     """
     tokens, mask = self._inputs(tokens, mask)
-    names, reductions = _capture(capture)
+    wanted, reductions = _capture(capture)
     edited, changes = _edits(self.config, edits)
     with jax.set_mesh(self.mesh):
       return _site_gradients(
-        (self.config, names, edited, stop_at, tuple(sites), loss),
+        (self.config, wanted, edited, stop_at, tuple(sites), loss),
         self.params,
         self._put(tokens),
         self._put(mask),
@@ -215,7 +215,7 @@ class Model:
         ) from e
     check_tokens(tokens)
     vocab = self.config.vocab_size
-    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+    if tokens.size and _readable(tokens):
       low, high = int(tokens.min()), int(tokens.max())
       if not 0 <= low <= high < vocab:
         raise ValueError(
@@ -230,7 +230,7 @@ class Model:
       raise ValueError(
         f"mask must be [B, T] as tokens are, {tokens.shape}; got {mask.shape}."
       )
-    if not isinstance(mask, jax.core.Tracer) and not mask.any(axis=1).all():
+    if _readable(mask) and not mask.any(axis=1).all():
       empty = np.flatnonzero(~np.asarray(mask).any(axis=1))
       raise ValueError(
         f"Rows {empty.tolist()} of the mask are all padding. Leave them out."
@@ -240,17 +240,35 @@ class Model:
   def _put(self, array):
     if array is None or isinstance(array, jax.Array):
       return array
-    if array.shape[0] % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]):
-      return jnp.asarray(array)
     return sharding.put_batch(array, self.mesh)
 
 
+def _readable(x) -> bool:
+  """Whether this process can look at the values: not under a jit of others."""
+  if isinstance(x, jax.core.Tracer):
+    return False
+  return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+
 def _capture(capture):
-  """Names, which are static, and their reductions, which are a pytree."""
+  """(names, which reduction each has), static; and the reductions, a pytree.
+
+  A function that is given for many sites is one reduction: `forward` groups
+  what it records by it.
+  """
   names = tuple(capture)
-  if not isinstance(capture, Mapping):
-    return names, [None] * len(names)
-  return names, [None if f is None else as_pytree(f) for f in capture.values()]
+  given = [capture[n] for n in names] if isinstance(capture, Mapping) else []
+  unique = list({id(f): f for f in given if f is not None}.values())
+  which = [None if f is None else unique.index(f) for f in given]
+  which = tuple(which or [None] * len(names))
+  return (names, which), [as_pytree(f) for f in unique]
+
+
+def _with_reductions(capture, reductions):
+  return {
+    name: None if i is None else reductions[i]
+    for name, i in zip(*capture, strict=True)
+  }
 
 
 def _edits(cfg, edits):
@@ -263,13 +281,13 @@ def _edits(cfg, edits):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static, params, tokens, mask, reductions, edits):
-  cfg, names, sites, stop_at, attention = static
+  cfg, wanted, sites, stop_at, attention = static
   return forward(
     cfg,
     params,
     tokens,
     mask=mask,
-    capture=dict(zip(names, reductions, strict=True)),
+    capture=_with_reductions(wanted, reductions),
     edits=dict(zip(sites, edits, strict=True)),
     stop_at=stop_at,
     attention=attention,
@@ -278,7 +296,7 @@ def _forward(static, params, tokens, mask, reductions, edits):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _site_gradients(static, params, tokens, mask, reductions, edits):
-  cfg, names, edited, stop_at, sites, loss = static
+  cfg, wanted, edited, stop_at, sites, loss = static
   return site_gradients(
     cfg,
     params,
@@ -286,7 +304,7 @@ def _site_gradients(static, params, tokens, mask, reductions, edits):
     sites,
     loss,
     mask=mask,
-    capture=dict(zip(names, reductions, strict=True)),
+    capture=_with_reductions(wanted, reductions),
     edits=dict(zip(edited, edits, strict=True)),
     stop_at=stop_at,
   )

@@ -105,16 +105,31 @@ def sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 def constrain(x: jax.Array) -> jax.Array:
   """Keeps activations [B, T, D] split over the batch, where a mesh is set."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+  if mesh.empty or not _splits(x.shape[0], mesh):
     return x
   return jax.lax.with_sharding_constraint(x, ACTIVATIONS)
 
 
+def replicate(x: jax.Array) -> jax.Array:
+  """Gives every device, and so every process, all of `x`."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, P())
+
+
 def put_batch(array: np.ndarray, mesh: Mesh) -> jax.Array:
-  """A host array [B, ...], the same in each process, split over the batch."""
+  """A host array [B, ...], the same in each process, split over the batch.
+
+  A batch that the mesh does not divide is whole on every device.
+  """
   rest = (None,) * (array.ndim - 1)
-  where = NamedSharding(mesh, P(("data", "fsdp"), *rest))
+  axes = ("data", "fsdp") if _splits(array.shape[0], mesh) else None
+  where = NamedSharding(mesh, P(axes, *rest))
   # Not device_put, which wants all devices to be of this process.
   return jax.make_array_from_callback(
     array.shape, where, lambda index: array[index]
   )
+
+
+def _splits(batch: int, mesh) -> bool:
+  return batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0

@@ -37,25 +37,21 @@ JOB = """
 import os, signal, time
 import jax, numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec as P
 from gemma_jax import models
 
 def run(config, workdir):
   mesh = models.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   model = models.load_model("random:gemma3-tiny", mesh=mesh)
-  everything = np.load(config["tokens"])
-  tokens = jax.make_array_from_callback(
-    everything.shape,
-    NamedSharding(mesh, P(("data", "fsdp"))),
-    lambda index: everything[index],
-  )
-  with jax.set_mesh(mesh):
-    logits, _ = jax.jit(models.forward, static_argnums=0)(
-      model.config, model.params, tokens
-    )
-  gathered = multihost_utils.process_allgather(logits, tiled=True)
+  tokens = np.load(config["tokens"])
+  logits, _ = model.forward(tokens)
+  assert not logits.is_fully_addressable
+  found = {
+    "logits": multihost_utils.process_allgather(logits, tiled=True),
+    "longer": model.generate(tokens, max_new_tokens=6),
+    "odd": model.generate(tokens[:3], max_new_tokens=6),
+  }
   if jax.process_index() == 0:
-    np.save(config["logits"], gathered)
+    np.savez(config["found"], **found)
   try:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(5)
@@ -69,7 +65,7 @@ import ml_collections
 
 def get_config():
   return ml_collections.ConfigDict(
-    {"job": "whole_model", "tokens": %r, "logits": %r}
+    {"job": "whole_model", "tokens": %r, "found": %r}
   )
 """
 
@@ -111,7 +107,7 @@ def test_two_processes_of_four_devices_give_what_one_device_gives(
   tokens = np.random.default_rng(0).integers(4, 1000, (8, 24))
   np.save(tmp_path / "tokens.npy", tokens)
   (tmp_path / "whole_model.py").write_text(JOB)
-  files = str(tmp_path / "tokens.npy"), str(tmp_path / "logits.npy")
+  files = str(tmp_path / "tokens.npy"), str(tmp_path / "found.npz")
   (tmp_path / "config.py").write_text(CONFIG % files)
   environment = os.environ | {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
@@ -144,9 +140,11 @@ def test_two_processes_of_four_devices_give_what_one_device_gives(
   assert not re.search("stopped|here|results.json", second)
   model = models.load_model("random:gemma3-tiny", mesh=one_device)
   expected, _ = model.forward(tokens)
-  np.testing.assert_allclose(
-    np.load(tmp_path / "logits.npy"), expected, atol=1e-5, rtol=0
-  )
+  found = np.load(tmp_path / "found.npz")
+  np.testing.assert_allclose(found["logits"], expected, atol=1e-5, rtol=0)
+  longer = model.generate(tokens, max_new_tokens=6)
+  np.testing.assert_array_equal(found["longer"], longer)
+  np.testing.assert_array_equal(found["odd"], longer[:3])
 
 
 @pytest.mark.parametrize("process", [0, 1])

@@ -2,6 +2,27 @@
 
 import dataclasses
 
+_SIZES = (
+  "num_layers",
+  "width",
+  "mlp_width",
+  "num_heads",
+  "num_kv_heads",
+  "head_dim",
+  "vocab_size",
+  "max_context",
+)
+_NUMBERS = (
+  "query_scale",
+  "window",
+  "rope_theta_local",
+  "rope_theta_global",
+  "rope_factor_global",
+  "attn_softcap",
+  "final_softcap",
+  "norm_eps",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -72,6 +93,16 @@ class ModelConfig:
   pad_id: int = 0
 
   def __post_init__(self):
+    for name in _SIZES:
+      value = getattr(self, name)
+      if type(value) is not int or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer.")
+    for name in _NUMBERS:
+      value = getattr(self, name)
+      if value is not None and not (
+        type(value) in (int, float) and 0 < value < float("inf")
+      ):
+        raise ValueError(f"{name}={value!r} must be a positive number.")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_heads={self.num_heads} must be a multiple of "

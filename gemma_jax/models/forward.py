@@ -215,13 +215,22 @@ def run(
 
 
 def unembed(cfg: ModelConfig, params, x: jax.Array) -> jax.Array:
-  """Final norm, head and soft-cap: resid_post [..., D] -> logits [..., V]."""
+  """Final norm, head and soft-cap: resid_post [..., D] -> logits [..., V].
+
+  Raises:
+    ValueError: the head is not loaded (`layers=` of a model that has one).
+  """
+  head = "embed" if cfg.tied else "unembed"
+  if head not in params:
+    raise ValueError(
+      "The head is not loaded: load the model without `layers` for logits."
+    )
   with jax.named_scope("unembed"):
     x = families.of(cfg).norm(cfg, params, "final_norm", x)
     logits = jnp.einsum(
       "...d,vd->...v",
       x,
-      params["embed" if cfg.tied else "unembed"],
+      params[head],
       preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
     )
     return attention_lib.soft_cap(logits, cfg.final_softcap)

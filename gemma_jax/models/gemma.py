@@ -236,24 +236,24 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   if hf.get("hidden_activation") is None:
     hf_config.refuse(hf, hidden_act="gelu_pytorch_tanh")
 
-  def need(key):
-    return hf_config.need(hf, key)
+  def size(key):
+    return hf_config.size(hf, key)
 
-  num_layers, width = need("num_hidden_layers"), need("hidden_size")
+  num_layers, width = size("num_hidden_layers"), size("hidden_size")
   local, everywhere = _rope(hf, family)
   return ModelConfig(
     family=family,
     num_layers=num_layers,
     width=width,
-    mlp_width=need("intermediate_size"),
-    num_heads=need("num_attention_heads"),
-    num_kv_heads=need("num_key_value_heads"),
-    head_dim=need("head_dim"),
-    vocab_size=need("vocab_size"),
+    mlp_width=size("intermediate_size"),
+    num_heads=size("num_attention_heads"),
+    num_kv_heads=size("num_key_value_heads"),
+    head_dim=size("head_dim"),
+    vocab_size=size("vocab_size"),
     max_context=hf.get("max_position_embeddings", 8192),
-    query_scale=need("query_pre_attn_scalar") ** -0.5,
+    query_scale=size("query_pre_attn_scalar") ** -0.5,
     activation="gelu_tanh",
-    window=need("sliding_window"),
+    window=size("sliding_window"),
     layer_is_global=_layer_is_global(hf, family, num_layers),
     rope_theta_local=local[0],
     rope_theta_global=everywhere[0],

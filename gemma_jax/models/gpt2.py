@@ -172,21 +172,21 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     tie_word_embeddings=True,
   )
 
-  def need(*keys):
-    return hf_config.need(hf, *keys)
+  def size(*keys):
+    return hf_config.size(hf, *keys)
 
-  width = need("n_embd", "hidden_size")
-  heads = need("n_head", "num_attention_heads")
+  width = size("n_embd", "hidden_size")
+  heads = size("n_head", "num_attention_heads")
   return ModelConfig(
     family="gpt2",
-    num_layers=need("n_layer", "num_hidden_layers"),
+    num_layers=size("n_layer", "num_hidden_layers"),
     width=width,
     mlp_width=hf.get("n_inner") or 4 * width,
     num_heads=heads,
     num_kv_heads=heads,
     head_dim=width // heads,
-    vocab_size=need("vocab_size"),
-    max_context=need("n_positions", "n_ctx", "max_position_embeddings"),
+    vocab_size=size("vocab_size"),
+    max_context=size("n_positions", "n_ctx", "max_position_embeddings"),
     query_scale=(width // heads) ** -0.5,
     activation="gelu_tanh",
     rotary_dim=0,

@@ -19,11 +19,31 @@ def need(hf: Mapping[str, Any], *keys: str) -> Any:
   )
 
 
+def size(hf: Mapping[str, Any], *keys: str) -> int:
+  """As `need`, of a positive integer.
+
+  Raises:
+    ValueError: see `need`; or it is something else.
+  """
+  value = need(hf, *keys)
+  # The file is data: a wrong number must not become a loop or an array.
+  most = 1000 if "layer" in keys[0] else 2**31
+  if type(value) is not int or not 0 < value <= most:
+    raise ValueError(
+      f"config.json: {keys[0]}={value!r} must be an integer of 1 to {most}."
+    )
+  return value
+
+
 def first(value, default: int) -> int:
   """A token id that may be a list of them, or absent."""
   if isinstance(value, list):
     value = value[0] if value else None
-  return default if value is None else value
+  if value is None:
+    return default
+  if type(value) is not int:
+    raise ValueError(f"config.json: {value!r} is no token id, an integer.")
+  return value
 
 
 def ids(hf: Mapping[str, Any], bos: int, eos: int, pad: int) -> dict[str, int]:
@@ -75,7 +95,12 @@ def rope(
       f"RoPE type {kind!r} is not supported; expected 'default' or 'linear'."
     )
   factor = parameters.get("factor", 1.0) if kind == "linear" else 1.0
-  return float(parameters.get("rope_theta", theta)), float(factor)
+  try:
+    return float(parameters.get("rope_theta", theta)), float(factor)
+  except (TypeError, ValueError) as e:
+    raise ValueError(
+      f"config.json: rope_theta and factor must be numbers; got {parameters}."
+    ) from e
 
 
 def linear(factor: float) -> dict[str, Any] | None:

@@ -150,10 +150,10 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   """A `ModelConfig` from config.json; see `families.from_hf_config`."""
   hf_config.refuse(hf, hidden_act="silu", attention_bias=False, mlp_bias=False)
 
-  def need(key):
-    return hf_config.need(hf, key)
+  def size(key):
+    return hf_config.size(hf, key)
 
-  width, heads = need("hidden_size"), need("num_attention_heads")
+  width, heads = size("hidden_size"), size("num_attention_heads")
   head_dim = hf.get("head_dim") or width // heads
   theta, factor = hf_config.rope(
     hf.get("rope_parameters") or hf.get("rope_scaling"),
@@ -161,13 +161,13 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   )
   return ModelConfig(
     family="llama",
-    num_layers=need("num_hidden_layers"),
+    num_layers=size("num_hidden_layers"),
     width=width,
-    mlp_width=need("intermediate_size"),
+    mlp_width=size("intermediate_size"),
     num_heads=heads,
     num_kv_heads=hf.get("num_key_value_heads") or heads,
     head_dim=head_dim,
-    vocab_size=need("vocab_size"),
+    vocab_size=size("vocab_size"),
     max_context=hf.get("max_position_embeddings", 2048),
     query_scale=head_dim**-0.5,
     activation="silu",

@@ -165,10 +165,10 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   kinds = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
   hf_config.refuse(hf, hidden_act=tuple(kinds))
 
-  def need(*keys):
-    return hf_config.need(hf, *keys)
+  def size(*keys):
+    return hf_config.size(hf, *keys)
 
-  width, heads = need("hidden_size"), need("num_attention_heads")
+  width, heads = size("hidden_size"), size("num_attention_heads")
   parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
   theta, factor = hf_config.rope(
     parameters, hf.get("rotary_emb_base") or 10_000.0
@@ -176,13 +176,13 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   share = parameters.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))
   return ModelConfig(
     family="neox",
-    num_layers=need("num_hidden_layers"),
+    num_layers=size("num_hidden_layers"),
     width=width,
-    mlp_width=need("intermediate_size"),
+    mlp_width=size("intermediate_size"),
     num_heads=heads,
     num_kv_heads=heads,
     head_dim=width // heads,
-    vocab_size=need("vocab_size"),
+    vocab_size=size("vocab_size"),
     max_context=hf.get("max_position_embeddings", 2048),
     query_scale=(width // heads) ** -0.5,
     activation=kinds[hf.get("hidden_act") or "gelu"],

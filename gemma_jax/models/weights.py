@@ -32,7 +32,8 @@ def load(
     cfg: the model that the checkpoint must be.
     dtype: of the parameters.
     mesh: see `sharding.make_mesh`.
-    num_layers: load only the first so many blocks; None means all.
+    num_layers: load only the first so many blocks; None means all. Without
+      all of them, a head of its own (`unembed`) is not loaded either.
 
   Returns:
     The parameter tree of `models.forward`.
@@ -68,7 +69,11 @@ def load(
 
   family = families.of(cfg)
   blocks = {n: put(n, row, loaded) for n, row in family.block(cfg).items()}
-  top = {n: put(n, row, None) for n, row in family.top(cfg).items()}
+  top = {
+    name: put(name, row, None)
+    for name, row in family.top(cfg).items()
+    if name != "unembed" or loaded == cfg.num_layers
+  }
   return {**top, "blocks": blocks}
 
 
@@ -87,16 +92,16 @@ def save(directory: str | os.PathLike, params, cfg: ModelConfig) -> None:
       there[key] = np.empty(tables.shape_there(row, cfg), x.dtype)
     tables.view(there[key], row, cfg)[...] = x
 
+  loaded = params["blocks"]["pre_attn_norm"].shape[0]
+  if loaded != cfg.num_layers:
+    raise ValueError(
+      f"{loaded} of {cfg.num_layers} layers are loaded; load all of them "
+      "before saving."
+    )
   for name, row in family.top(cfg).items():
     put(row, None, np.asarray(params[name]))
   for name, row in family.block(cfg).items():
-    stack = params["blocks"][name]
-    if stack.shape[0] != cfg.num_layers:
-      raise ValueError(
-        f"{stack.shape[0]} of {cfg.num_layers} layers are loaded; load all of "
-        "them before saving."
-      )
-    for layer, x in enumerate(np.asarray(stack)):
+    for layer, x in enumerate(np.asarray(params["blocks"][name])):
       put(row, layer, x)
   path = os.path.join(os.fspath(directory), safetensors.SINGLE)
   safetensors.write_file(path, there)

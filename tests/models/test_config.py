@@ -9,7 +9,12 @@ import pytest
 
 from gemma_jax import models
 from gemma_jax.models import gemma, layers, random, tables
-from gemma_jax.models.families import PRESETS, from_hf_config, to_hf_config
+from gemma_jax.models.families import (
+  HUB,
+  PRESETS,
+  from_hf_config,
+  to_hf_config,
+)
 
 
 def hf(preset, **changes):
@@ -285,3 +290,98 @@ def test_released_models_are_described_without_their_weights(name, preset):
 def test_a_directory_is_described_by_its_config(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(hf("gemma3-4b")))
   assert models.describe(tmp_path) == PRESETS["gemma3-4b"]
+
+
+# The other families.
+
+
+@pytest.mark.parametrize(
+  ("preset", "new", "old"),
+  [
+    (
+      "gpt2-small",
+      {},
+      # As in the hub's first files.
+      {"n_inner": None, "n_ctx": 1024, "n_positions": None},
+    ),
+    (
+      "pythia-160m",
+      {
+        "rope_parameters": {
+          "rope_type": "default",
+          "rope_theta": 10000.0,
+          "partial_rotary_factor": 0.25,
+        },
+        "rotary_pct": None,
+        "rotary_emb_base": None,
+        "attention_bias": True,
+      },
+      {"rope_scaling": None, "use_parallel_residual": None},
+    ),
+    (
+      "smollm2-1.7b",
+      {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 130000.0},
+        "rope_theta": None,
+      },
+      {"head_dim": None, "num_key_value_heads": None},
+    ),
+    (
+      "llama-tiny",
+      {
+        "rope_parameters": {
+          "rope_type": "linear",
+          "rope_theta": 10000.0,
+          "factor": 8.0,
+        },
+        "rope_theta": None,
+        "rope_scaling": None,
+      },
+      {"rope_scaling": {"type": "linear", "factor": 8.0}},
+    ),
+  ],
+)
+def test_old_and_new_spellings_are_one_model(preset, new, old):
+  for changes in (new, old):
+    assert from_hf_config(hf(preset, **changes)) == PRESETS[preset]
+
+
+@pytest.mark.parametrize(
+  ("preset", "changes", "message"),
+  [
+    ("gpt2-small", {"activation_function": "relu"}, "activation_function="),
+    ("gpt2-small", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"),
+    ("gpt2-small", {"reorder_and_upcast_attn": True}, "reorder_and_upcast"),
+    ("gpt2-small", {"add_cross_attention": True}, "add_cross_attention"),
+    ("gpt2-small", {"scale_attn_weights": False}, "scale_attn_weights"),
+    ("gpt2-small", {"tie_word_embeddings": False}, "tie_word_embeddings"),
+    ("gpt2-small", {"n_embd": None}, "lacks 'n_embd'"),
+    ("pythia-70m", {"hidden_act": "relu"}, "hidden_act='relu'"),
+    ("pythia-70m", {"attention_bias": False}, "attention_bias=False"),
+    ("pythia-70m", {"rope_scaling": {"type": "dynamic"}}, "'dynamic'"),
+    ("smollm2-135m", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ("smollm2-135m", {"attention_bias": True}, "attention_bias=True"),
+    ("smollm2-135m", {"mlp_bias": True}, "mlp_bias=True"),
+    ("smollm2-135m", {"rope_scaling": {"rope_type": "llama3"}}, "'llama3'"),
+    ("smollm2-135m", {"model_type": "mistral"}, "'mistral'"),
+    ("smollm2-135m", {"num_hidden_layers": 10**12}, "integer of 1 to 1000"),
+    ("smollm2-135m", {"num_attention_heads": 0}, "num_attention_heads=0"),
+    ("smollm2-135m", {"hidden_size": "576"}, "hidden_size='576'"),
+    ("smollm2-135m", {"hidden_size": -576}, "hidden_size=-576"),
+    ("smollm2-135m", {"rms_norm_eps": "tiny"}, "norm_eps='tiny'"),
+    ("smollm2-135m", {"rope_theta": [1]}, "must be numbers"),
+    ("smollm2-135m", {"bos_token_id": "<s>"}, "'<s>' is no token id"),
+    ("gemma2-2b", {"attn_logit_softcapping": -50}, "attn_softcap=-50"),
+  ],
+)
+def test_what_a_family_does_not_have_is_refused_by_name(
+  preset, changes, message
+):
+  with pytest.raises(ValueError, match=message):
+    from_hf_config(hf(preset, **changes))
+
+
+def test_the_hubs_names_are_presets():
+  assert models.describe("EleutherAI/pythia-410m-deduped").num_layers == 24
+  assert models.describe("gpt2") == models.PRESETS["gpt2-small"]
+  assert set(HUB.values()) <= set(PRESETS)

@@ -134,6 +134,15 @@ def test_the_first_layers_are_slices_of_all(model, one_device, layers):
   equal(part.params["embed"], model.params["embed"])
 
 
+def test_a_head_of_its_own_is_not_loaded_with_the_first_layers(one_device):
+  model = models.load_model("random:llama-tiny", mesh=one_device, layers=2)
+  assert "unembed" not in model.params
+  x = np.zeros((1, model.config.width), np.float32)
+  with pytest.raises(ValueError, match="head is not loaded"):
+    models.unembed(model.config, model.params, x)
+  model.forward(np.zeros((1, 5), int), stop_at=2)
+
+
 @pytest.mark.parametrize(
   ("layers", "message"),
   [

@@ -8,8 +8,8 @@ scans, so that nothing else is recorded; `*` sites are outputs of the scans.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,137 +83,177 @@ class _Recorder:
     return x
 
 
+class _Carry(NamedTuple):
+  """What goes from block to block.
+
+  Attributes:
+    x: the residual stream, [B, T, D].
+    buffers: {(site, reduction): [layers asked for + 1, ...]}.
+    cache: keys and values of all slots, [L, B, S, K, H] each, or None.
+  """
+
+  x: jax.Array
+  buffers: dict
+  cache: tuple[jax.Array, jax.Array] | None
+
+
 @dataclasses.dataclass
 class Blocks:
-  """Runs blocks, as scans and one by one, and collects what was asked for."""
+  """Runs blocks, as scans and one by one, and collects what was asked for.
+
+  Attributes:
+    cfg: the model.
+    params: the stacked parameters of the blocks.
+    ctx: what all layers share.
+    wanted: {name: (Site, reduction or None)}.
+    changes: (Site, edit) in the order in which they apply.
+    keep_kv: whether to return the keys and values of these tokens.
+    unroll: whether to compile every layer by itself.
+  """
 
   cfg: ModelConfig
   params: Any
-  per_layer: layers.Layer
   ctx: layers.Context
-  keep_cache: bool
-  unroll: bool
+  wanted: Mapping[str, tuple[sites_lib.Site, Any]]
+  changes: Sequence[tuple[sites_lib.Site, Edit]]
+  keep_kv: bool = False
+  unroll: bool = False
 
-  def run(self, x, depth, wanted, changes):
-    """x after `depth` blocks, {name: value}, and keys and values."""
-    numbered = {site.layer for site, _ in changes} - {None}
-    captured = {site.layer for site, _ in wanted.values()} - {None}
-    # One stacked output for each name of `everywhere`, one buffer for each
-    # (site, reduction) of `buffers`.
-    everywhere = {n: w for n, w in wanted.items() if w[0].layer is None}
-    buffered = {}
+  def __post_init__(self):
+    captured = {site.layer for site, _ in self.wanted.values()} - {None}
+    numbered = {site.layer for site, _ in self.changes} - {None}
+    # Names that are outputs of the scans, and of layers on their own; the
+    # many of the latter that share a buffer, by site and reduction.
+    self.stacked = {n: w for n, w in self.wanted.items() if w[0].layer is None}
+    self.single = {
+      n: w for n, w in self.wanted.items() if w[0].layer is not None
+    }
+    self.buffered = {}
     if len(captured) > MAX_OWN_BODIES:
-      for name, (site, reduction) in wanted.items():
-        if site.layer is not None:
-          key = site.name, id(reduction)
-          buffered.setdefault(key, {})[name] = (site, reduction)
-      captured = set()
-    own = sorted(captured | numbered)
-    found, stacks, caches = {}, [], []
-    buffers = self._buffers(x, buffered, changes)
+      for name, (site, reduction) in self.single.items():
+        group = self.buffered.setdefault((site.name, id(reduction)), {})
+        group[name] = site, reduction
+      self.single, captured = {}, set()
+    self.own = sorted(captured | numbered)
 
-    def scan(x, buffers, start, stop):
+  def run(self, x, depth, cache=None):
+    """x after `depth` blocks, {name: value}, and keys and values."""
+    carry = _Carry(x, self._buffers(x, cache), cache)
+    found, stacks, kvs = {}, [], []
+
+    def scan(carry, start, stop):
       if start == stop:
-        return x, buffers
-
-      def step(carry, inputs):
-        return self._step(carry, inputs, changes, everywhere, buffered)
-
-      (x, buffers), (ys, kv) = jax.lax.scan(
-        step,
-        (x, buffers),
-        self._inputs(slice(start, stop), changes),
+        return carry
+      inputs = jnp.arange(start, stop), self._entries(slice(start, stop))
+      carry, (ys, kv) = jax.lax.scan(
+        lambda carry, inputs: self._step(carry, *inputs, self.stacked),
+        carry,
+        inputs,
         unroll=self.unroll,
       )
       stacks.append(ys)
-      caches.append(kv)
-      return x, buffers
+      kvs.append(kv)
+      return carry
 
     start = 0
-    for layer in own:
-      x, buffers = scan(x, buffers, start, layer)
-      here = {n: w for n, w in wanted.items() if w[0].layer == layer}
-      here = {} if buffered else here
-      (x, buffers), (ys, kv) = self._step(
-        (x, buffers),
-        self._inputs(layer, changes),
-        changes,
-        everywhere | here,
-        buffered,
-        layer,
+    for layer in self.own:
+      carry = scan(carry, start, layer)
+      here = {n: w for n, w in self.single.items() if w[0].layer == layer}
+      carry, (ys, kv) = self._step(
+        carry, layer, self._entries(layer), self.stacked | here, layer
       )
       found |= {name: ys.pop(name) for name in here}
       stacks.append(jax.tree.map(lambda y: y[None], ys))
-      caches.append(jax.tree.map(lambda y: y[None], kv))
+      kvs.append(jax.tree.map(lambda y: y[None], kv))
       start = layer + 1
-    x, buffers = scan(x, buffers, start, depth)
-    for key, group in buffered.items():
+    carry = scan(carry, start, depth)
+    for key, group in self.buffered.items():
       slots = _slots(group)
       for name, (site, _) in group.items():
         found[name] = jax.tree.map(
-          lambda b, s=slots[site.layer]: b[s], buffers[key]
+          lambda b, s=slots[site.layer]: b[s], carry.buffers[key]
         )
-    found |= _concatenate(stacks) if everywhere else {}
-    cache = _concatenate(caches) if self.keep_cache else None
-    return x, found, cache
+    found |= _concatenate(stacks) if self.stacked else {}
+    cache = _concatenate(kvs) if self.keep_kv else carry.cache
+    return carry.x, found, cache
 
-  def _inputs(self, index, changes):
-    entries = [
-      _tree(edit) if site.layer is None else None for site, edit in changes
+  def _entries(self, index):
+    """Each change's arrays of one layer, or of some; None but for PerLayer."""
+    return [
+      jax.tree.map(lambda a: a[index], _tree(edit)) for _, edit in self.changes
     ]
-    return jax.tree.map(
-      lambda a: a[index], (self.params, self.per_layer, entries)
-    )
 
-  def _step(self, carry, inputs, changes, names, buffered, layer=None):
-    """One block: ((x, buffers), ({name: value}, keys and values))."""
-    x, buffers = carry
-    p, per_layer, entries = inputs
+  def _step(self, carry, index, entries, names, layer=None):
+    """One block; `layer` is its number where it runs on its own.
+
+    Returns:
+      The carry, and ({name: value}, keys and values or None).
+    """
+    cfg = self.cfg
+
+    # By index and not as an input of the scan, which would be a copy of the
+    # parameters wherever it does not run over all of them.
+    def take(a):
+      return jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False)
+
+    p = jax.tree.map(take, self.params)
+    here = layers.stacked(cfg)._replace(cache=carry.cache)
+    here = jax.tree.map(take, here)
     edits = [
       (site.name, edit, entry)
-      for (site, edit), entry in zip(changes, entries, strict=True)
+      for (site, edit), entry in zip(self.changes, entries, strict=True)
       if site.layer is None or site.layer == layer
     ]
-    record = _Recorder(self.cfg, per_layer.index, edits)
-    block = families.of(self.cfg).Block(self.cfg, x.dtype)
-    x, kv = block.apply({"params": p}, x, per_layer, self.ctx, record)
-    x = sharding.constrain(x)
+    record = _Recorder(cfg, here.index, edits)
+    block = families.of(cfg).Block(cfg, carry.x.dtype)
+    x, kv = block.apply({"params": p}, carry.x, here, self.ctx, record)
 
     def value(site, reduction):
       y = record.seen[site.name]
       return y if reduction is None else reduction(y)
 
-    written = {}
-    for key, group in buffered.items():
+    buffers = {}
+    for key, group in self.buffered.items():
       slots = _slots(group)
       # Layers that nobody asked for are written to the slot after the last.
-      table = [slots.get(l, len(slots)) for l in range(self.cfg.num_layers)]
-      slot = jnp.array(table)[per_layer.index]
-      written[key] = jax.tree.map(
-        lambda b, y, s=slot: jax.lax.dynamic_update_index_in_dim(b, y, s, 0),
-        buffers[key],
+      table = [slots.get(l, len(slots)) for l in range(cfg.num_layers)]
+      buffers[key] = jax.tree.map(
+        functools.partial(_write, jnp.array(table)[index]),
+        carry.buffers[key],
         value(*next(iter(group.values()))),
       )
+    cache = carry.cache
+    if cache is not None:
+      # Only the new slots of one layer, so that the cache stays in its place.
+      at = (index, 0, self.ctx.start, 0, 0)
+      cache = jax.tree.map(
+        lambda c, new: jax.lax.dynamic_update_slice(c, new[None], at),
+        cache,
+        kv,
+      )
     ys = {name: value(*w) for name, w in names.items()}
-    return (x, written), (ys, kv if self.keep_cache else None)
+    carry = _Carry(sharding.constrain(x), buffers, cache)
+    return carry, (ys, kv if self.keep_kv else None)
 
-  def _buffers(self, x, buffered, changes):
+  def _buffers(self, x, cache):
     """An empty buffer, [layers asked for + 1, ...], for each group."""
-    if not buffered:
+    if not self.buffered:
       return {}
-    names = {key: next(iter(g.values())) for key, g in buffered.items()}
+    firsts = {key: next(iter(g.values())) for key, g in self.buffered.items()}
+    plain = dataclasses.replace(self, wanted={})
     shapes = jax.eval_shape(
-      lambda x: self._step(
-        (x, {}), self._inputs(0, changes), changes, names, {}
-      )[1][0],
+      lambda x: plain._step(_Carry(x, {}, cache), 0, plain._entries(0), firsts)[
+        1
+      ][0],
       x,
     )
+
+    def empty(group, shape):
+      return jnp.zeros((len(_slots(group)) + 1, *shape.shape), shape.dtype)
+
     return {
-      key: jax.tree.map(
-        lambda s, g=group: jnp.zeros((len(_slots(g)) + 1, *s.shape), s.dtype),
-        shapes[key],
-      )
-      for key, group in buffered.items()
+      key: jax.tree.map(functools.partial(empty, group), shapes[key])
+      for key, group in self.buffered.items()
     }
 
 
@@ -231,3 +271,7 @@ def _tree(edit):
 
 def _concatenate(pieces):
   return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
+
+
+def _write(slot, buffer, value):
+  return jax.lax.dynamic_update_index_in_dim(buffer, value, slot, 0)

@@ -149,7 +149,7 @@ def run(
   unroll=False,
   start=0,
   cache=None,
-  keep_cache=False,
+  keep_kv=False,
 ):
   """`forward`, and what generation and gradients need besides.
 
@@ -166,10 +166,11 @@ def run(
     unroll: see `forward`.
     start: the slot of the first token.
     cache: keys and values so far, [L, B, S, K, H] each, or None.
-    keep_cache: whether to return keys and values.
+    keep_kv: whether to return the keys and values of these tokens.
 
   Returns:
-    logits, sites, and keys and values of all slots (None unless kept).
+    logits, sites, and the cache with these tokens in it; or, with `keep_kv`,
+    keys and values of these tokens, [L, B, T, K, H] each.
   """
   check_tokens(tokens)
   length = tokens.shape[1]
@@ -207,9 +208,10 @@ def run(
     if "positions" in params:
       x = x + params["positions"][positions]
     x = sharding.constrain(x)
-  per_layer = layers.stacked(cfg)._replace(cache=cache)
-  blocks = Blocks(cfg, params["blocks"], per_layer, ctx, keep_cache, unroll)
-  x, found, cache = blocks.run(x, depth, wanted, changes)
+  blocks = Blocks(
+    cfg, params["blocks"], ctx, wanted, changes, keep_kv, unroll
+  )
+  x, found, cache = blocks.run(x, depth, cache)
   logits = None if stop_at is not None else unembed(cfg, params, x)
   return logits, found, cache
 

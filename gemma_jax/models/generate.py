@@ -71,7 +71,7 @@ def generate(static, params, tokens, valid, temperature, edits, key):
   cache = None
   if cached:
     logits, cache = run(
-      tokens, valid, length - 1, attention=attention, keep_cache=True
+      tokens, valid, length - 1, attention=attention, keep_kv=True
     )
     room = ((0, 0), (0, 0), (0, count), (0, 0), (0, 0))
     cache = jax.tree.map(lambda a: jnp.pad(a, room), cache)
@@ -89,7 +89,7 @@ def generate(static, params, tokens, valid, temperature, edits, key):
     if cached:
       token = jax.lax.dynamic_slice_in_dim(buffer, i - 1, 1, axis=1)
       logits, cache = run(
-        token, seen, 0, start=i - 1, cache=cache, keep_cache=True
+        token, seen, 0, start=i - 1, cache=cache
       )
     else:
       logits, _ = run(buffer, seen, i - 1)

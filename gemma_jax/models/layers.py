@@ -26,7 +26,7 @@ ACTIVATIONS = {
 
 
 class Layer(NamedTuple):
-  """What differs from layer to layer besides the parameters; scan inputs.
+  """What differs from layer to layer besides the parameters.
 
   Attributes:
     index: int32 scalar, the layer's number.
@@ -59,7 +59,7 @@ class Context(NamedTuple):
 
 
 def stacked(cfg: ModelConfig) -> Layer:
-  """The per-layer scan inputs, each [L]."""
+  """Every layer's, each [L]; without a cache."""
   return Layer(
     jnp.arange(cfg.num_layers, dtype=jnp.int32),
     jnp.array(cfg.layer_is_global),
@@ -205,7 +205,7 @@ def self_attention(
 
   Returns:
     What the heads write, before any post-norm, and the keys and values of
-    all slots, [B, S, K, H] each.
+    these tokens, [B, T, K, H] each.
   """
   q = dense("btd,dnh->btnh", p, "q", x)
   k = dense("bsd,dkh->bskh", p, "k", x)
@@ -217,10 +217,11 @@ def self_attention(
     which = layer.is_global.astype(jnp.int32)
     cos, sin = ctx.cos[which], ctx.sin[which]
     q, k = rope(q, cos, sin), rope(k, cos, sin)
+  new = k, v
   if layer.cache is not None:
     k, v = (
-      jax.lax.dynamic_update_slice_in_dim(old, new, ctx.start, axis=1)
-      for old, new in zip(layer.cache, (k, v), strict=True)
+      jax.lax.dynamic_update_slice_in_dim(old, here, ctx.start, axis=1)
+      for old, here in zip(layer.cache, new, strict=True)
     )
   z = attention.attend(
     cfg,
@@ -234,4 +235,4 @@ def self_attention(
   )
   z = site("attn_z", z.reshape(*x.shape[:2], cfg.num_heads * cfg.head_dim))
   z = z.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
-  return dense("btnh,nhd->btd", p, "o", z), (k, v)
+  return dense("btnh,nhd->btd", p, "o", z), new

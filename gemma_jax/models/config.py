@@ -22,6 +22,7 @@ _NUMBERS = (
   "final_softcap",
   "norm_eps",
 )
+_OPTIONAL = ("window", "attn_softcap", "final_softcap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ModelConfig:
       there is no `resid_mid`.
     tied: logits come from the embedding itself.
     bos_id: id that starts every context.
-    eos_id: id that ends a text.
+    eos_ids: ids of which each ends a text.
     pad_id: id of padding.
   """
 
@@ -89,7 +90,7 @@ class ModelConfig:
   parallel_residual: bool = False
   tied: bool = True
   bos_id: int = 2
-  eos_id: int = 1
+  eos_ids: tuple[int, ...] = (1,)
   pad_id: int = 0
 
   def __post_init__(self):
@@ -99,9 +100,9 @@ class ModelConfig:
         raise ValueError(f"{name}={value!r} must be a positive integer.")
     for name in _NUMBERS:
       value = getattr(self, name)
-      if value is not None and not (
-        type(value) in (int, float) and 0 < value < float("inf")
-      ):
+      if value is None and name in _OPTIONAL:
+        continue
+      if type(value) not in (int, float) or not 0 < value < float("inf"):
         raise ValueError(f"{name}={value!r} must be a positive number.")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
@@ -124,6 +125,33 @@ class ModelConfig:
       )
     if self.rotary_dim is None:
       object.__setattr__(self, "rotary_dim", self.head_dim)
+    turned = self.rotary_dim
+    if type(turned) is not int or not 0 <= turned <= self.head_dim:
+      raise ValueError(
+        f"rotary_dim={turned!r} must be an integer of 0 to "
+        f"head_dim={self.head_dim}."
+      )
+    if turned % 2 or (turned and self.head_dim % 2):
+      raise ValueError(
+        f"RoPE turns pairs: rotary_dim={turned} and head_dim={self.head_dim} "
+        "must be even."
+      )
+    if not isinstance(self.eos_ids, tuple) or not self.eos_ids:
+      raise ValueError(
+        f"eos_ids={self.eos_ids!r} must be a tuple of at least one token id."
+      )
+    for i in (self.bos_id, *self.eos_ids, self.pad_id):
+      if type(i) is not int or not 0 <= i < self.vocab_size:
+        raise ValueError(
+          f"bos_id={self.bos_id!r}, eos_ids={self.eos_ids!r} and "
+          f"pad_id={self.pad_id!r} must be integers of 0 to "
+          f"{self.vocab_size - 1}, below vocab_size."
+        )
+
+  @property
+  def eos_id(self) -> int:
+    """The first of `eos_ids`."""
+    return self.eos_ids[0]
 
   def num_parameters(self, num_layers: int | None = None) -> int:
     """Parameters of `num_layers` blocks and of all that is outside them."""

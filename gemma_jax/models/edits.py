@@ -85,13 +85,15 @@ def project_out(direction) -> Edit:
 def at(positions, edit: Edit) -> Edit:
   """Restricts `edit` to some positions of a whole context.
 
-  Generation needs `cache=False` for it: with the cache, tokens come alone.
+  Generation needs `cache=False` for it, and prompts without padding: with the
+  cache, tokens come alone.
 
   Args:
-    positions: bool [B or 1, T], or int [n], indices into T.
+    positions: bool [B or 1, T], or int [n], indices into T; negative ones
+      count from its end, and those beyond it are nowhere.
     edit: a function of the value.
   """
-  return Partial(_at, jnp.asarray(positions), as_pytree(edit))
+  return Partial(_at, jnp.atleast_1d(jnp.asarray(positions)), as_pytree(edit))
 
 
 def splice(read: str, fn: Callable, *, error_of: Callable | None = None):
@@ -138,13 +140,21 @@ def _project_out(direction, x):
 
 
 def _at(positions, edit, x):
-  if x.shape[1] == 1:
+  length = x.shape[1]
+  if length == 1:
     raise ValueError(
       "An edit made with `at` counts positions of a whole context, and got a "
-      "single token. Pass cache=False to generate."
+      "single token. In generation, pass cache=False."
     )
-  if positions.dtype != bool:
-    hits = positions[:, None] == jnp.arange(x.shape[1])
+  if positions.dtype == bool:
+    if positions.shape not in ((1, length), x.shape[:2]):
+      raise ValueError(
+        f"The mask of an edit made with `at` is {positions.shape}; expected "
+        f"[B or 1, T], {x.shape[:2]}."
+      )
+  else:
+    positions = jnp.where(positions < 0, positions + length, positions)
+    hits = positions[:, None] == jnp.arange(length)
     positions = jnp.any(hits, axis=0)[None]
   return jnp.where(positions[..., None], edit(x), x)
 

@@ -2,7 +2,7 @@
 
 A family is a module with the tables `block(cfg)` and `top(cfg)`, `Block`,
 `norm`, `mlp`, `PRESETS`, the hub's names (`HUB`, `MODEL_TYPES`), Hugging
-Face's names of weights (`PREFIX`, `CANONICAL`, `IGNORED`) and of modules
+Face's names of weights (`PREFIX`, `CANONICAL`, `HEAD`, `IGNORED`) and of modules
 (`ROOT`, `SITES`), `from_hf` and `to_hf`.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from gemma_jax.models import gemma, gpt2, llama, neox, tables
+from gemma_jax.models import gemma, gpt2, hf_config, llama, neox, tables
 from gemma_jax.models.config import ModelConfig
 
 _MODULES = (gemma, gpt2, neox, llama)
@@ -66,12 +66,14 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     hf: the parsed JSON object.
 
   Raises:
-    ValueError: an architecture, activation, RoPE type or attention that is
-      not supported (named), or a field that is missing (named).
+    ValueError: an architecture, activation, RoPE type, attention or
+      quantisation that is not supported (named), or a field that is missing
+      (named).
   """
   if not isinstance(hf, Mapping):
     raise ValueError(f"Expected a JSON object; got {type(hf).__name__}.")
-  kind = (hf.get("text_config") or hf).get("model_type")
+  text = hf_config.section(hf, "text_config")
+  kind = (text or hf).get("model_type")
   known = {name: module for module in _MODULES for name in module.MODEL_TYPES}
   if kind not in known:
     raise ValueError(
@@ -79,6 +81,14 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
       f"{hf.get('architectures') or []}). Expected one of {sorted(known)}: "
       "Gemma 2, Gemma 3, GPT-2, Pythia, or a model of Llama's shape."
     )
+  if text and known[kind] is not gemma:
+    raise ValueError(
+      f"text_config of model_type {kind!r} is not supported: only Gemma is "
+      "read as a part of a larger model. Load a checkpoint of the text model "
+      "alone."
+    )
+  for part in (hf, text):
+    hf_config.refuse(part, quantization_config=())
   return known[kind].from_hf(hf)
 
 

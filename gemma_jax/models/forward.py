@@ -45,7 +45,8 @@ def forward(
       `reduce`.
     edits: site -> pure function of the value (or of the value and the layer
       index), `PerLayer` or `Splice`; see the module `edits`. A capture of an
-      edited site sees the edited value.
+      edited site sees the edited value. Each layer that is edited by number
+      is compiled by itself: for many, use `blocks.*` and `PerLayer`.
     stop_at: stop early and return no logits: the number of blocks to run, or
       a site, after whose block to stop.
     attention: "xla", "chunked", "cudnn" or "auto"; see the module `attention`.
@@ -89,6 +90,7 @@ def site_gradients(
   capture: Capture = (),
   edits: Mapping[str, Edit] | None = None,
   stop_at: int | str | None = None,
+  attention: str = "auto",
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
   """The gradient of a loss with respect to sites, as after their edits.
 
@@ -102,6 +104,7 @@ def site_gradients(
     capture: sites to return and to give to the loss.
     edits: see `forward`.
     stop_at: see `forward`.
+    attention: see `forward`.
 
   Returns:
     The loss, {site: gradient} of the sites' own shapes and dtypes, and the
@@ -122,6 +125,7 @@ def site_gradients(
       edits=list((edits or {}).items()),
       noise=noise,
       stop_at=stop_at,
+      attention=attention,
     )[:2]
 
   shapes = jax.eval_shape(lambda: outputs({}, tuple(sites))[1])
@@ -174,6 +178,8 @@ def run(
   """
   check_tokens(tokens)
   length = tokens.shape[1]
+  if not length:
+    raise ValueError("The tokens are empty, [B, 0]; give at least one.")
   slots = length if cache is None else cache[0].shape[2]
   if slots > cfg.max_context:
     raise ValueError(
@@ -208,9 +214,7 @@ def run(
     if "positions" in params:
       x = x + params["positions"][positions]
     x = sharding.constrain(x)
-  blocks = Blocks(
-    cfg, params["blocks"], ctx, wanted, changes, keep_kv, unroll
-  )
+  blocks = Blocks(cfg, params["blocks"], ctx, wanted, changes, keep_kv, unroll)
   x, found, cache = blocks.run(x, depth, cache)
   logits = None if stop_at is not None else unembed(cfg, params, x)
   return logits, found, cache
@@ -260,7 +264,7 @@ def _depth(cfg, params, stop_at) -> int:
     depth = sites_lib.last_layer((stop_at,), cfg)
   else:
     depth = stop_at
-    if not 0 <= depth <= cfg.num_layers:
+    if type(depth) is not int or not 0 <= depth <= cfg.num_layers:
       raise ValueError(
         f"stop_at={stop_at} must be 0..{cfg.num_layers}, the number of "
         "blocks to run."
@@ -276,6 +280,7 @@ def _depth(cfg, params, stop_at) -> int:
 
 def _parse(cfg, capture, edits, noise, depth, stop_at):
   """{name: (Site, reduction)}, and the changes as [(Site, edit)] in order."""
+  check_capture(capture)
   reductions = capture if isinstance(capture, Mapping) else {}
   wanted = {
     name: (sites_lib.parse(name, cfg), reductions.get(name)) for name in capture
@@ -306,6 +311,14 @@ def _parse(cfg, capture, edits, noise, depth, stop_at):
         "blocks run."
       )
   return wanted, changes
+
+
+def check_capture(capture) -> None:
+  """Raises ValueError for a single name, whose letters are no sites."""
+  if isinstance(capture, str):
+    raise ValueError(
+      f"capture={capture!r} must be a sequence of sites; make it a list."
+    )
 
 
 def check_edit(cfg: ModelConfig, name: str, edit) -> Site:

@@ -54,9 +54,9 @@ PREFIX = re.compile(
   r"\A(language_model\.model\.|model\.language_model\.|model\.)"
 )
 CANONICAL = "model."
+HEAD = re.compile(r"(language_model\.)?lm_head\.weight")
 IGNORED = re.compile(
-  r"(language_model\.)?lm_head\.weight|.*\.rotary_emb\..*|"
-  r"(model\.)?(vision_tower|multi_modal_projector)\..*"
+  r".*\.rotary_emb\..*|(model\.)?(vision_tower|multi_modal_projector)\..*"
 )
 
 # Hugging Face's modules, below ROOT.{l}.
@@ -221,10 +221,12 @@ _TEXT_DEFAULTS = {
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   """A `ModelConfig` from config.json; see `families.from_hf_config`."""
   hf_config.refuse(hf, tie_word_embeddings=True)
-  if hf.get("text_config"):
-    hf = hf["text_config"]
-    if hf.get("model_type") == "gemma3_text":
-      hf = _TEXT_DEFAULTS | hf
+  text = hf_config.section(hf, "text_config")
+  if text:
+    # The outer ids have precedence: GenerationConfig.from_model_config.
+    outer = {k: v for k, v in hf.items() if k.endswith("s_token_id")}
+    defaults = _TEXT_DEFAULTS if text["model_type"] == "gemma3_text" else {}
+    hf = {**defaults, **text, **outer}
   family = "gemma2" if hf.get("model_type") == "gemma2" else "gemma3"
   hf_config.refuse(
     hf,
@@ -232,13 +234,15 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     hidden_activation="gelu_pytorch_tanh",
     attention_bias=False,
     tie_word_embeddings=True,
+    partial_rotary_factor=1,
   )
   if hf.get("hidden_activation") is None:
     hf_config.refuse(hf, hidden_act="gelu_pytorch_tanh")
 
-  def size(key):
-    return hf_config.size(hf, key)
+  def size(key, default=None):
+    return hf_config.size(hf, key, default=default)
 
+  gemma2 = family == "gemma2"
   num_layers, width = size("num_hidden_layers"), size("hidden_size")
   local, everywhere = _rope(hf, family)
   return ModelConfig(
@@ -250,7 +254,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     num_kv_heads=size("num_key_value_heads"),
     head_dim=size("head_dim"),
     vocab_size=size("vocab_size"),
-    max_context=hf.get("max_position_embeddings", 8192),
+    max_context=size("max_position_embeddings", 8192 if gemma2 else 131_072),
     query_scale=size("query_pre_attn_scalar") ** -0.5,
     activation="gelu_tanh",
     window=size("sliding_window"),
@@ -258,10 +262,11 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     rope_theta_local=local[0],
     rope_theta_global=everywhere[0],
     rope_factor_global=everywhere[1],
-    qk_norm=family == "gemma3",
-    attn_softcap=hf.get("attn_logit_softcapping"),
-    final_softcap=hf.get("final_logit_softcapping"),
-    norm_eps=hf.get("rms_norm_eps", 1e-6),
+    qk_norm=not gemma2,
+    # A null is no default here, but no cap.
+    attn_softcap=hf.get("attn_logit_softcapping", 50.0 if gemma2 else None),
+    final_softcap=hf.get("final_logit_softcapping", 30.0 if gemma2 else None),
+    norm_eps=hf_config.number(hf, "rms_norm_eps", 1e-6),
     norm_offset=1.0,
     embed_scale=width**0.5,
     **hf_config.ids(hf, 2, 1, 0),
@@ -291,9 +296,7 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     "final_logit_softcapping": cfg.final_softcap,
     "rms_norm_eps": cfg.norm_eps,
     "max_position_embeddings": cfg.max_context,
-    "bos_token_id": cfg.bos_id,
-    "eos_token_id": cfg.eos_id,
-    "pad_token_id": cfg.pad_id,
+    **hf_config.to_ids(cfg),
     "hidden_activation": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
     "rope_theta": cfg.rope_theta_global,
@@ -310,31 +313,36 @@ def _layer_is_global(hf, family, num_layers) -> tuple[bool, ...]:
   types = hf.get("layer_types")
   if types is not None:
     known = {"full_attention": True, "sliding_attention": False}
-    unknown = sorted(set(types) - set(known))
-    if unknown:
+    fits = isinstance(types, list) and len(types) == num_layers
+    if not fits or not all(t in tuple(known) for t in types):
       raise ValueError(
-        f"layer_types holds {unknown}; expected only {sorted(known)}."
+        f"config.json: layer_types={types!r} must be a list of {num_layers}, "
+        f"an entry per layer, each one of {sorted(known)}."
       )
     return tuple(known[t] for t in types)
-  default = 2 if family == "gemma2" else 6
-  pattern = hf.get("sliding_window_pattern") or default
+  pattern = 2
+  if family == "gemma3":
+    pattern = hf_config.size(hf, "sliding_window_pattern", default=6)
   return tuple((i + 1) % pattern == 0 for i in range(num_layers))
 
 
 def _rope(hf, family) -> tuple[tuple[float, float], tuple[float, float]]:
   """((theta, factor) of local layers, (theta, factor) of global layers)."""
-  by_type = hf.get("rope_parameters") or {}
-  scaling = by_type or hf.get("rope_scaling")
-  if "full_attention" in by_type:
-    local = hf_config.rope(by_type.get("sliding_attention"), 10_000.0)
-    everywhere = hf_config.rope(by_type["full_attention"], 1_000_000.0)
-  elif family == "gemma2":
-    local = hf_config.rope(scaling, hf.get("rope_theta") or 10_000.0)
-    everywhere = local
+  parameters = hf_config.section(hf, "rope_parameters", "rope_scaling")
+  theta = hf_config.number(
+    hf, "rope_theta", 10_000.0 if family == "gemma2" else 1_000_000.0
+  )
+  if family == "gemma2":
+    local = everywhere = hf_config.rope(parameters, theta)
   else:
-    local = float(hf.get("rope_local_base_freq") or 10_000.0), 1.0
-    theta = hf.get("rope_theta") or 1_000_000.0
-    everywhere = hf_config.rope(scaling, theta)
+    kinds = "sliding_attention", "full_attention"
+    of_local, of_global = (hf_config.section(parameters, k) for k in kinds)
+    if not parameters.keys() & kinds:
+      of_global = parameters
+    local = hf_config.rope(
+      of_local, hf_config.number(hf, "rope_local_base_freq", 10_000.0)
+    )
+    everywhere = hf_config.rope(of_global, theta)
   if local[1] != 1.0:
     raise ValueError(
       f"RoPE factor {local[1]} on local layers is not supported; expected 1."

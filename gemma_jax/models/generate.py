@@ -16,7 +16,7 @@ def generate(static, params, tokens, valid, temperature, edits, key):
 
   Args:
     static: the config, how many tokens to add, the edited sites, the
-      attention of the prompt, and whether to keep keys and values.
+      attention of whole contexts, and whether to keep keys and values.
     params: see `forward`.
     tokens: int [B, T], padded on the left.
     valid: bool [B, T], False at padding, or None.
@@ -25,7 +25,7 @@ def generate(static, params, tokens, valid, temperature, edits, key):
     key: of the sampling.
 
   Returns:
-    int [B, how many], `pad_id` after a row's `eos_id`.
+    int [B, how many], `pad_id` after the first of `eos_ids` in a row.
   """
   cfg, count, sites, attention, cached = static
   batch, length = tokens.shape
@@ -48,6 +48,7 @@ def generate(static, params, tokens, valid, temperature, edits, key):
       capture=(last,),
       edits=edits,
       stop_at=cfg.num_layers,
+      attention=attention,
       **kwargs,
     )
     x = jax.lax.dynamic_index_in_dim(found[last], which, 1, keepdims=False)
@@ -64,15 +65,14 @@ def generate(static, params, tokens, valid, temperature, edits, key):
   def write(carry, logits, i):
     buffer, done = carry
     chosen = jnp.where(done, cfg.pad_id, choose(logits, i))
-    return buffer.at[:, i].set(chosen), done | (chosen == cfg.eos_id)
+    ends = jnp.isin(chosen, jnp.asarray(cfg.eos_ids))
+    return buffer.at[:, i].set(chosen), done | ends
 
   buffer = jnp.pad(tokens, ((0, 0), (0, count)), constant_values=cfg.pad_id)
   carry = buffer, jnp.zeros(batch, bool)
   cache = None
   if cached:
-    logits, cache = run(
-      tokens, valid, length - 1, attention=attention, keep_kv=True
-    )
+    logits, cache = run(tokens, valid, length - 1, keep_kv=True)
     room = ((0, 0), (0, 0), (0, count), (0, 0), (0, 0))
     cache = jax.tree.map(lambda a: jnp.pad(a, room), cache)
   else:
@@ -88,9 +88,7 @@ def generate(static, params, tokens, valid, temperature, edits, key):
     buffer, _ = carry
     if cached:
       token = jax.lax.dynamic_slice_in_dim(buffer, i - 1, 1, axis=1)
-      logits, cache = run(
-        token, seen, 0, start=i - 1, cache=cache
-      )
+      logits, cache = run(token, seen, 0, start=i - 1, cache=cache)
     else:
       logits, _ = run(buffer, seen, i - 1)
     return i + 1, write(carry, logits, i), cache

@@ -53,11 +53,10 @@ def top(cfg: ModelConfig) -> Table:
 
 
 # The hub's files have no prefix, those of transformers' classes have one.
-PREFIX = re.compile(r"\A(transformer\.)?(?!lm_head)")
+PREFIX = re.compile(r"\A(transformer\.)?")
 CANONICAL = "transformer."
-IGNORED = re.compile(
-  r"lm_head\.weight|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
-)
+HEAD = re.compile(r"lm_head\.weight")
+IGNORED = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
 
 ROOT = "transformer.h"
 SITES = {
@@ -118,7 +117,7 @@ def _preset(num_layers, width, num_heads, **changes):
     "rotary_dim": 0,
     "norm_eps": 1e-5,
     "bos_id": 50_256,
-    "eos_id": 50_256,
+    "eos_ids": (50_256,),
     "pad_id": 50_256,
   }
   return ModelConfig(**(fields | changes))
@@ -139,7 +138,7 @@ PRESETS = {
     vocab_size=1000,
     max_context=256,
     bos_id=2,
-    eos_id=1,
+    eos_ids=(1,),
     pad_id=0,
   ),
 }
@@ -172,26 +171,27 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     tie_word_embeddings=True,
   )
 
-  def size(*keys):
-    return hf_config.size(hf, *keys)
+  def size(*keys, default=None):
+    return hf_config.size(hf, *keys, default=default)
 
   width = size("n_embd", "hidden_size")
   heads = size("n_head", "num_attention_heads")
+  head_dim = hf_config.per_head(width, heads)
   return ModelConfig(
     family="gpt2",
     num_layers=size("n_layer", "num_hidden_layers"),
     width=width,
-    mlp_width=hf.get("n_inner") or 4 * width,
+    mlp_width=size("n_inner", default=4 * width),
     num_heads=heads,
     num_kv_heads=heads,
-    head_dim=width // heads,
+    head_dim=head_dim,
     vocab_size=size("vocab_size"),
     max_context=size("n_positions", "n_ctx", "max_position_embeddings"),
-    query_scale=(width // heads) ** -0.5,
+    query_scale=head_dim**-0.5,
     activation="gelu_tanh",
     rotary_dim=0,
-    norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-    **hf_config.ids(hf, 50_256, 50_256, 50_256),
+    norm_eps=hf_config.number(hf, "layer_norm_epsilon", 1e-5),
+    **hf_config.ids(hf, 50_256, 50_256),
   )
 
 
@@ -209,7 +209,5 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     "activation_function": "gelu_new",
     "layer_norm_epsilon": cfg.norm_eps,
     "tie_word_embeddings": True,
-    "bos_token_id": cfg.bos_id,
-    "eos_token_id": cfg.eos_id,
-    "pad_token_id": cfg.pad_id,
+    **hf_config.to_ids(cfg),
   }

@@ -1,31 +1,38 @@
-"""Reading Hugging Face's config.json, in its old and its new spellings."""
+"""Reading Hugging Face's config.json, in its old and its new spellings.
 
+A key that is null is as good as absent.
+"""
+
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from gemma_jax.models.config import ModelConfig
 
-def need(hf: Mapping[str, Any], *keys: str) -> Any:
-  """The first of `keys` that is set.
+
+def need(hf: Mapping[str, Any], *keys: str, default: Any = None) -> Any:
+  """The first of `keys` that is set, or else the default.
 
   Raises:
-    ValueError: none of them is; says which keys there are.
+    ValueError: none of them is, and there is no default; says which are.
   """
-  for key in keys:
-    if hf.get(key) is not None:
-      return hf[key]
+  for key in (*keys, None):
+    value = default if key is None else hf.get(key)
+    if value is not None:
+      return value
   raise ValueError(
-    f"config.json lacks {keys[0]!r}, which a {hf.get('model_type')} model "
-    f"needs. It has: {', '.join(sorted(hf))}."
+    f"config.json lacks {keys[0]!r}, which has no default. Where it belongs "
+    f"there are: {', '.join(sorted(hf))}. Add it."
   )
 
 
-def size(hf: Mapping[str, Any], *keys: str) -> int:
+def size(hf: Mapping[str, Any], *keys: str, default: int | None = None) -> int:
   """As `need`, of a positive integer.
 
   Raises:
     ValueError: see `need`; or it is something else.
   """
-  value = need(hf, *keys)
+  value = need(hf, *keys, default=default)
   # The file is data: a wrong number must not become a loop or an array.
   most = 1000 if "layer" in keys[0] else 2**31
   if type(value) is not int or not 0 < value <= most:
@@ -35,23 +42,101 @@ def size(hf: Mapping[str, Any], *keys: str) -> int:
   return value
 
 
-def first(value, default: int) -> int:
-  """A token id that may be a list of them, or absent."""
-  if isinstance(value, list):
-    value = value[0] if value else None
-  if value is None:
-    return default
-  if type(value) is not int:
-    raise ValueError(f"config.json: {value!r} is no token id, an integer.")
+def number(hf: Mapping[str, Any], key: str, default: float | None = None):
+  """As `need`, of a positive number.
+
+  Raises:
+    ValueError: see `need`; or it is something else.
+  """
+  value = need(hf, key, default=default)
+  if type(value) not in (int, float) or not 0 < value < float("inf"):
+    raise ValueError(f"config.json: {key}={value!r} must be a positive number.")
+  return float(value)
+
+
+def flag(hf: Mapping[str, Any], key: str, default: bool) -> bool:
+  """A boolean.
+
+  Raises:
+    ValueError: it is something else, such as the string "false".
+  """
+  value = need(hf, key, default=default)
+  if type(value) is not bool:
+    raise ValueError(f"config.json: {key}={value!r} must be true or false.")
   return value
 
 
-def ids(hf: Mapping[str, Any], bos: int, eos: int, pad: int) -> dict[str, int]:
-  """`bos_id`, `eos_id` and `pad_id`, with defaults for those not given."""
+def section(hf: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+  """The first of `keys` that holds anything, an object; {} if none does.
+
+  Raises:
+    ValueError: it is something else.
+  """
+  for key in keys:
+    value = need(hf, key, default={})
+    if not isinstance(value, Mapping):
+      raise ValueError(f"config.json: {key}={value!r} must be an object.")
+    if value:
+      return value
+  return {}
+
+
+def per_head(width: int, heads: int) -> int:
+  """The width of a head.
+
+  Raises:
+    ValueError: the heads do not divide the width.
+  """
+  if width % heads:
+    raise ValueError(
+      f"config.json: the hidden size {width} must be a multiple of the "
+      f"{heads} attention heads."
+    )
+  return width // heads
+
+
+def ids(
+  hf: Mapping[str, Any], bos: int, eos: int, pad: int | None = None
+) -> dict[str, Any]:
+  """`bos_id`, `eos_ids` and `pad_id` of a `ModelConfig`.
+
+  Args:
+    hf: the config.
+    bos: where it has no `bos_token_id`.
+    eos: where it has no `eos_token_id`, which may be a list.
+    pad: where it has no `pad_token_id`; None for the first of `eos_ids`.
+
+  Raises:
+    ValueError: not an id of the vocabulary.
+  """
+  vocab = size(hf, "vocab_size")
+
+  def read(key, default, several=False):
+    value = need(hf, key, default=default)
+    listed = several and isinstance(value, list)
+    found = tuple(value or [default]) if listed else (value,)
+    if not all(type(i) is int and 0 <= i < vocab for i in found):
+      raise ValueError(
+        f"config.json: {key}={hf.get(key)!r}, by default {default}, must be "
+        f"a token id, an integer of 0 to {vocab - 1}, below vocab_size."
+      )
+    return found
+
+  ends = read("eos_token_id", eos, several=True)
   return {
-    "bos_id": first(hf.get("bos_token_id"), bos),
-    "eos_id": first(hf.get("eos_token_id"), eos),
-    "pad_id": first(hf.get("pad_token_id"), pad),
+    "bos_id": read("bos_token_id", bos)[0],
+    "eos_ids": ends,
+    "pad_id": read("pad_token_id", ends[0] if pad is None else pad)[0],
+  }
+
+
+def to_ids(cfg: ModelConfig) -> dict[str, int | list[int]]:
+  """The entries that `ids` reads."""
+  ends = list(cfg.eos_ids)
+  return {
+    "bos_token_id": cfg.bos_id,
+    "eos_token_id": ends if len(ends) > 1 else cfg.eos_id,
+    "pad_token_id": cfg.pad_id,
   }
 
 
@@ -71,14 +156,12 @@ def refuse(hf: Mapping[str, Any], **expected: Any) -> None:
     value = hf.get(key)
     if value is not None and value not in allowed:
       raise ValueError(
-        f"{key}={value!r} is not supported; expected "
-        f"{' or '.join(map(repr, allowed))}."
+        f"{key}={reprlib.repr(value)} is not supported; expected "
+        f"{' or '.join(map(repr, allowed)) or 'none'}."
       )
 
 
-def rope(
-  parameters: Mapping[str, Any] | None, theta: float
-) -> tuple[float, float]:
+def rope(parameters: Mapping[str, Any], theta: float) -> tuple[float, float]:
   """(base, factor by which positions are divided) of RoPE.
 
   Args:
@@ -86,21 +169,17 @@ def rope(
     theta: the base where they do not give one.
 
   Raises:
-    ValueError: a RoPE type other than default and linear.
+    ValueError: a RoPE type other than default and linear, linear without a
+      factor, or RoPE of a part of each head.
   """
-  parameters = parameters or {}
+  refuse(parameters, partial_rotary_factor=1)
   kind = parameters.get("rope_type", parameters.get("type", "default"))
   if kind not in ("default", "linear"):
     raise ValueError(
       f"RoPE type {kind!r} is not supported; expected 'default' or 'linear'."
     )
-  factor = parameters.get("factor", 1.0) if kind == "linear" else 1.0
-  try:
-    return float(parameters.get("rope_theta", theta)), float(factor)
-  except (TypeError, ValueError) as e:
-    raise ValueError(
-      f"config.json: rope_theta and factor must be numbers; got {parameters}."
-    ) from e
+  factor = number(parameters, "factor") if kind == "linear" else 1.0
+  return number(parameters, "rope_theta", theta), factor
 
 
 def linear(factor: float) -> dict[str, Any] | None:

@@ -44,6 +44,7 @@ def top(cfg: ModelConfig) -> Table:
 
 PREFIX = re.compile(r"\Amodel\.")
 CANONICAL = "model."
+HEAD = re.compile(r"lm_head\.weight")
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 ROOT = "model.layers"
@@ -108,7 +109,7 @@ def _preset(
     "rope_theta_global": rope_theta,
     "norm_eps": 1e-5,
     "bos_id": 0,
-    "eos_id": 0,
+    "eos_ids": (0,),
     "pad_id": 0,
   }
   return ModelConfig(**(fields | changes))
@@ -134,7 +135,7 @@ PRESETS = {
     max_context=256,
     tied=False,
     bos_id=2,
-    eos_id=1,
+    eos_ids=(1,),
   ),
 }
 
@@ -148,16 +149,23 @@ MODEL_TYPES = ("llama",)
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   """A `ModelConfig` from config.json; see `families.from_hf_config`."""
-  hf_config.refuse(hf, hidden_act="silu", attention_bias=False, mlp_bias=False)
+  hf_config.refuse(
+    hf,
+    hidden_act="silu",
+    attention_bias=False,
+    mlp_bias=False,
+    partial_rotary_factor=1,
+  )
 
-  def size(key):
-    return hf_config.size(hf, key)
+  def size(key, default=None):
+    return hf_config.size(hf, key, default=default)
 
   width, heads = size("hidden_size"), size("num_attention_heads")
-  head_dim = hf.get("head_dim") or width // heads
+  given = hf.get("head_dim") is not None
+  head_dim = size("head_dim") if given else hf_config.per_head(width, heads)
   theta, factor = hf_config.rope(
-    hf.get("rope_parameters") or hf.get("rope_scaling"),
-    hf.get("rope_theta") or 10_000.0,
+    hf_config.section(hf, "rope_parameters", "rope_scaling"),
+    hf_config.number(hf, "rope_theta", 10_000.0),
   )
   return ModelConfig(
     family="llama",
@@ -165,17 +173,17 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     width=width,
     mlp_width=size("intermediate_size"),
     num_heads=heads,
-    num_kv_heads=hf.get("num_key_value_heads") or heads,
+    num_kv_heads=size("num_key_value_heads", heads),
     head_dim=head_dim,
     vocab_size=size("vocab_size"),
-    max_context=hf.get("max_position_embeddings", 2048),
+    max_context=size("max_position_embeddings", 2048),
     query_scale=head_dim**-0.5,
     activation="silu",
     rope_theta_global=theta,
     rope_factor_global=factor,
-    norm_eps=hf.get("rms_norm_eps", 1e-6),
-    tied=bool(hf.get("tie_word_embeddings", False)),
-    **hf_config.ids(hf, 1, 2, 0),
+    norm_eps=hf_config.number(hf, "rms_norm_eps", 1e-6),
+    tied=hf_config.flag(hf, "tie_word_embeddings", False),
+    **hf_config.ids(hf, 1, 2),
   )
 
 
@@ -197,7 +205,5 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     "rope_scaling": hf_config.linear(cfg.rope_factor_global),
     "rms_norm_eps": cfg.norm_eps,
     "tie_word_embeddings": cfg.tied,
-    "bos_token_id": cfg.bos_id,
-    "eos_token_id": cfg.eos_id,
-    "pad_token_id": cfg.pad_id,
+    **hf_config.to_ids(cfg),
   }

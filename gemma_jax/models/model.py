@@ -1,5 +1,6 @@
 """A loaded model: configuration, parameters on a mesh, tokenizer."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -20,6 +21,7 @@ from gemma_jax.models.config import ModelConfig
 from gemma_jax.models.edits import Edit, as_pytree
 from gemma_jax.models.forward import (
   Capture,
+  check_capture,
   check_edit,
   check_tokens,
   forward,
@@ -92,7 +94,7 @@ class Model:
     tokens, mask = self._inputs(tokens, mask)
     wanted, reductions = _capture(capture)
     sites, changes = _edits(self.config, edits)
-    with jax.set_mesh(self.mesh):
+    with self._on_mesh(tokens, mask, reductions, changes):
       logits, found = _forward(
         (self.config, wanted, sites, stop_at, self.attention),
         self.params,
@@ -135,9 +137,10 @@ class Model:
     tokens, mask = self._inputs(tokens, mask)
     wanted, reductions = _capture(capture)
     edited, changes = _edits(self.config, edits)
-    with jax.set_mesh(self.mesh):
+    static = (self.config, wanted, edited, stop_at, self.attention)
+    with self._on_mesh(tokens, mask, reductions, changes):
       return _site_gradients(
-        (self.config, wanted, edited, stop_at, tuple(sites), loss),
+        (*static, tuple(sites), loss),
         self.params,
         self._put(tokens),
         self._put(mask),
@@ -178,10 +181,11 @@ class Model:
       ValueError: a negative length or temperature, or more tokens than the
         model's context; see `forward`.
     """
-    if max_new_tokens < 0 or temperature < 0:
+    whole = type(max_new_tokens) is int
+    if not whole or max_new_tokens < 0 or temperature < 0:
       raise ValueError(
-        f"max_new_tokens={max_new_tokens} and temperature={temperature} must "
-        "not be negative."
+        f"max_new_tokens={max_new_tokens!r} and temperature={temperature} must "
+        "not be negative, the first an integer."
       )
     tokens, mask = self._inputs(tokens, mask)
     given = tokens = np.asarray(tokens)
@@ -191,7 +195,7 @@ class Model:
       order = np.argsort(mask, axis=1, kind="stable")
       tokens, mask = (np.take_along_axis(a, order, 1) for a in (tokens, mask))
     sites, changes = _edits(self.config, edits)
-    with jax.set_mesh(self.mesh):
+    with self._on_mesh(changes):
       added = generate(
         (self.config, max_new_tokens, sites, self.attention, cache),
         self.params,
@@ -215,13 +219,13 @@ class Model:
         ) from e
     check_tokens(tokens)
     vocab = self.config.vocab_size
-    if tokens.size and _readable(tokens):
-      low, high = int(tokens.min()), int(tokens.max())
-      if not 0 <= low <= high < vocab:
-        raise ValueError(
-          f"Token ids run from {low} to {high}; the model's vocabulary is "
-          f"0..{vocab - 1}. Is this the model's tokenizer?"
-        )
+    # One transfer, where they are on a device: NumPy's arrays need none.
+    known = np.asarray(tokens) if _readable(tokens) else np.empty(0)
+    if known.size and not 0 <= known.min() <= known.max() < vocab:
+      raise ValueError(
+        f"Token ids run from {known.min()} to {known.max()}; the model's "
+        f"vocabulary is 0..{vocab - 1}. Is this the model's tokenizer?"
+      )
     if mask is None:
       return tokens.astype(np.int32), None
     mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
@@ -230,12 +234,18 @@ class Model:
       raise ValueError(
         f"mask must be [B, T] as tokens are, {tokens.shape}; got {mask.shape}."
       )
-    if _readable(mask) and not mask.any(axis=1).all():
+    if _readable(mask) and not np.asarray(mask).any(axis=1).all():
       empty = np.flatnonzero(~np.asarray(mask).any(axis=1))
       raise ValueError(
         f"Rows {empty.tolist()} of the mask are all padding. Leave them out."
       )
     return tokens.astype(np.int32), mask
+
+  def _on_mesh(self, *inputs):
+    """Sets the mesh; not under a transformation of the caller's."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(inputs)):
+      return contextlib.nullcontext()
+    return jax.set_mesh(self.mesh)
 
   def _put(self, array):
     if array is None or isinstance(array, jax.Array):
@@ -244,7 +254,7 @@ class Model:
 
 
 def _readable(x) -> bool:
-  """Whether this process can look at the values: not under a jit of others."""
+  """Whether this process can look at the values."""
   if isinstance(x, jax.core.Tracer):
     return False
   return not isinstance(x, jax.Array) or x.is_fully_addressable
@@ -256,12 +266,13 @@ def _capture(capture):
   A function that is given for many sites is one reduction: `forward` groups
   what it records by it.
   """
+  check_capture(capture)
   names = tuple(capture)
   given = [capture[n] for n in names] if isinstance(capture, Mapping) else []
-  unique = list({id(f): f for f in given if f is not None}.values())
-  which = [None if f is None else unique.index(f) for f in given]
-  which = tuple(which or [None] * len(names))
-  return (names, which), [as_pytree(f) for f in unique]
+  unique = {id(f): f for f in given if f is not None}
+  place = {key: i for i, key in enumerate(unique)}
+  which = tuple(place.get(id(f)) for f in given) or (None,) * len(names)
+  return (names, which), [as_pytree(f) for f in unique.values()]
 
 
 def _with_reductions(capture, reductions):
@@ -296,7 +307,7 @@ def _forward(static, params, tokens, mask, reductions, edits):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _site_gradients(static, params, tokens, mask, reductions, edits):
-  cfg, wanted, edited, stop_at, sites, loss = static
+  cfg, wanted, edited, stop_at, attention, sites, loss = static
   return site_gradients(
     cfg,
     params,
@@ -307,6 +318,7 @@ def _site_gradients(static, params, tokens, mask, reductions, edits):
     capture=_with_reductions(wanted, reductions),
     edits=dict(zip(edited, edits, strict=True)),
     stop_at=stop_at,
+    attention=attention,
   )
 
 
@@ -342,12 +354,18 @@ def load_model(
     if layers != range(layers.stop):
       raise ValueError(f"layers={layers} must start at 0 with step 1.")
     layers = layers.stop
+  if layers is not None and type(layers) is not int:
+    raise ValueError(f"layers={layers!r} must be an integer or a range.")
+  if mesh is not None:
+    sharding.check(mesh)
   began = time.perf_counter()
   directory = sources.resolve(path_or_name)
   cfg = sources.read_config(directory)
   mesh = sharding.make_mesh() if mesh is None else mesh
   if dtype is None:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"dtype={dtype!r} must be one of floats, as 'bfloat16'.")
   attention_lib.choose(cfg, attention, cfg.max_context, dtype)
   params = weights.load(
     directory, cfg, dtype=jnp.dtype(dtype), mesh=mesh, num_layers=layers

@@ -54,6 +54,7 @@ def top(cfg: ModelConfig) -> Table:
 
 PREFIX = re.compile(r"\Agpt_neox\.")
 CANONICAL = "gpt_neox."
+HEAD = re.compile(r"(embed_out|lm_head)\.weight")
 IGNORED = re.compile(
   r"gpt_neox\.layers\.\d+\.attention\.(rotary_emb\.inv_freq|(masked_)?bias)"
 )
@@ -125,7 +126,7 @@ def _pythia(num_layers, width, num_heads, vocab_size=50_304, **changes):
     "parallel_residual": True,
     "tied": False,
     "bos_id": 0,
-    "eos_id": 0,
+    "eos_ids": (0,),
     "pad_id": 0,
   }
   return ModelConfig(**(fields | changes))
@@ -145,7 +146,7 @@ PRESETS = {
   "pythia-6.9b": _pythia(32, 4096, 32, 50_432),
   "pythia-12b": _pythia(36, 5120, 40, 50_688),
   "neox-tiny": _pythia(
-    5, 48, 3, 1000, mlp_width=80, max_context=256, bos_id=2, eos_id=1
+    5, 48, 3, 1000, mlp_width=80, max_context=256, bos_id=2, eos_ids=(1,)
   ),
 }
 
@@ -165,15 +166,17 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   kinds = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
   hf_config.refuse(hf, hidden_act=tuple(kinds))
 
-  def size(*keys):
-    return hf_config.size(hf, *keys)
+  def size(key, default=None):
+    return hf_config.size(hf, key, default=default)
 
   width, heads = size("hidden_size"), size("num_attention_heads")
-  parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-  theta, factor = hf_config.rope(
-    parameters, hf.get("rotary_emb_base") or 10_000.0
-  )
-  share = parameters.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))
+  head_dim = hf_config.per_head(width, heads)
+  rope = dict(hf_config.section(hf, "rope_parameters", "rope_scaling"))
+  share = hf_config.number(hf, "rotary_pct", 0.25)
+  share = hf_config.number(rope, "partial_rotary_factor", share)
+  rope.pop("partial_rotary_factor", None)
+  theta = hf_config.number(hf, "rotary_emb_base", 10_000.0)
+  theta, factor = hf_config.rope(rope, theta)
   return ModelConfig(
     family="neox",
     num_layers=size("num_hidden_layers"),
@@ -181,18 +184,18 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     mlp_width=size("intermediate_size"),
     num_heads=heads,
     num_kv_heads=heads,
-    head_dim=width // heads,
+    head_dim=head_dim,
     vocab_size=size("vocab_size"),
-    max_context=hf.get("max_position_embeddings", 2048),
-    query_scale=(width // heads) ** -0.5,
+    max_context=size("max_position_embeddings", 2048),
+    query_scale=head_dim**-0.5,
     activation=kinds[hf.get("hidden_act") or "gelu"],
-    rotary_dim=int(width // heads * share),
+    rotary_dim=int(head_dim * share),
     rope_theta_global=theta,
     rope_factor_global=factor,
-    norm_eps=hf.get("layer_norm_eps", 1e-5),
-    parallel_residual=bool(hf.get("use_parallel_residual", True)),
-    tied=bool(hf.get("tie_word_embeddings", False)),
-    **hf_config.ids(hf, 0, 0, 0),
+    norm_eps=hf_config.number(hf, "layer_norm_eps", 1e-5),
+    parallel_residual=hf_config.flag(hf, "use_parallel_residual", True),
+    tied=hf_config.flag(hf, "tie_word_embeddings", False),
+    **hf_config.ids(hf, 0, 2),
   )
 
 
@@ -214,7 +217,5 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     "layer_norm_eps": cfg.norm_eps,
     "use_parallel_residual": cfg.parallel_residual,
     "tie_word_embeddings": cfg.tied,
-    "bos_token_id": cfg.bos_id,
-    "eos_token_id": cfg.eos_id,
-    "pad_token_id": cfg.pad_id,
+    **hf_config.to_ids(cfg),
   }

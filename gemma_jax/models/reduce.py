@@ -5,8 +5,9 @@ forward pass, so that what is large never leaves the device:
 
     model.forward(tokens, capture={"blocks.*.resid_post": reduce.take(-1)})
 
-Any pure function does; those made here compare by value, so that making one
-again does not compile again.
+Any pure function does, and those made here may be made again without
+compiling again. For many sites, give them all the same one: it is then run
+once in each layer, not once for each site.
 """
 
 import dataclasses
@@ -18,7 +19,10 @@ from jax.tree_util import Partial
 
 
 def take(positions: int | Sequence[int]) -> Callable:
-  """Positions of T: [B, T, D] -> [B, n, D], or [B, D] for a single one."""
+  """Positions of T: [B, T, D] -> [B, n, D], or [B, D] for a single one.
+
+  Negative ones count from the end. Beyond the context the values are NaN.
+  """
   return Partial(_take, jnp.asarray(positions))
 
 
@@ -26,7 +30,7 @@ def mean(mask=None) -> Callable:
   """The mean over batch and positions: [B, T, D] -> [D], in float32 or wider.
 
   Args:
-    mask: bool [B, T], what to count; None for everything.
+    mask: bool [B or 1, T], what to count; None for everything.
   """
   return Partial(_mean, None if mask is None else jnp.asarray(mask))
 
@@ -58,13 +62,14 @@ def chain(*functions: Callable) -> Callable:
 
 
 def _take(positions, x):
-  return x[:, positions]
+  return jnp.take(x, positions, axis=1, mode="fill")
 
 
 def _mean(mask, x):
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   if mask is None:
     return jnp.mean(wide, axis=(0, 1))
+  mask = jnp.broadcast_to(mask, x.shape[:2])
   weight = mask[..., None].astype(wide.dtype)
   return jnp.sum(wide * weight, axis=(0, 1)) / jnp.sum(weight)
 

@@ -36,8 +36,9 @@ def open_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """Lazy views of all tensors of one file: nothing is read until sliced.
 
   Raises:
-    ValueError: the file is truncated or its header does not describe it: as
-      the format demands, tensors neither overlap nor leave bytes between them.
+    ValueError: a dtype that is not in DTYPES; or the file is truncated or its
+      header does not describe it: as the format demands, tensors neither
+      overlap nor leave bytes between them.
   """
   path = pathlib.Path(path)
   size = path.stat().st_size
@@ -63,7 +64,11 @@ def open_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
   tensors, ranges = {}, []
   for name, entry in header.items():
     try:
-      dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+      kind, shape = entry["dtype"], tuple(entry["shape"])
+      if isinstance(kind, str) and kind not in DTYPES:
+        others.append(f"{name} is {kind}")
+        continue
+      dtype = DTYPES[kind]
       first, last = entry["data_offsets"]
       if not all(type(n) is int for n in (*shape, first, last)):
         raise TypeError("sizes and offsets must be integers")

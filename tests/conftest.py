@@ -13,6 +13,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 WITHOUT_TORCH = sys.version_info >= (3, 12)
 if WITHOUT_TORCH:
   collect_ignore = [
+    "models/test_generate_torch.py",
     "models/test_parity.py",
     "models/test_presets_torch.py",
     "models/test_real_weights.py",

@@ -189,7 +189,7 @@ def _windows(p: Plan, tokenizer) -> dict[str, data.Windows]:
       bos_id=p.model.bos_id,
       pad_id=p.model.pad_id,
       packing=own["packing"],
-      special_ids=(p.model.eos_id,),
+      special_ids=p.model.eos_ids,
       document_tokens=own["document_tokens"],
     )
     got, wanted = windows[name].num_tokens, own[f"{name}_tokens"]

@@ -100,10 +100,8 @@ class Block(nn.Module):
       out = site("attn_out", norm(cfg, p, "post_attn_norm", out))
       x = site("resid_mid", x + out)
     with jax.named_scope("mlp"):
-      # Recorded before the gain and before the cast: float32 in bf16 models.
-      normed = site("mlp_norm", layers.rms_unit(cfg, x))
-      normed = layers.affine(cfg, p, "pre_mlp_norm", normed).astype(x.dtype)
-      x = site("resid_post", x + mlp(cfg, p, site("mlp_in", normed), site))
+      read = layers.mlp_input(cfg, p, x, site, layers.rms_unit)
+      x = site("resid_post", x + mlp(cfg, p, read, site))
     return x, kv
 
 
@@ -224,7 +222,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   text = hf_config.section(hf, "text_config")
   if text:
     # The outer ids have precedence: GenerationConfig.from_model_config.
-    outer = {k: v for k, v in hf.items() if k.endswith("s_token_id")}
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    outer = {key: hf[key] for key in ids if hf.get(key) is not None}
     defaults = _TEXT_DEFAULTS if text["model_type"] == "gemma3_text" else {}
     hf = {**defaults, **text, **outer}
   family = "gemma2" if hf.get("model_type") == "gemma2" else "gemma3"

@@ -24,7 +24,7 @@ from gemma_jax.models.gguf_file import File, read
 
 # Part of the name of a cached directory: raise it when what `convert` writes
 # changes, so that nobody keeps reading what an older version wrote.
-_REVISION = 1
+_REVISION = 2
 
 _FILES = (
   "config.json",

@@ -8,13 +8,14 @@ import pathlib
 import re
 import reprlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gemma_jax.models import config as config_lib
 from gemma_jax.models.gguf_file import File, field
 from gemma_jax.models.gguf_tokenizer import (
+  token_id,
   write_byte_level,
   write_sentencepiece,
 )
@@ -54,10 +55,10 @@ def _num_layers(file: File, name: str) -> int:
   return layers
 
 
-def _rope_factor(file: File, name: str, default: str) -> float:
-  """What positions are divided by; `default` is the kind if none is stated."""
+def _rope_factor(file: File, name: str) -> float:
+  """What positions are divided by."""
   key = f"{name}.rope.scaling.type"
-  kind = file.metadata.get(key, default)
+  kind = file.metadata.get(key, "linear")  # llama.cpp's default
   if kind == "none":
     return 1.0
   if kind == "linear":
@@ -69,6 +70,72 @@ def _rope_factor(file: File, name: str, default: str) -> float:
   )
 
 
+def _check_head(file: File, name: str, head_dim: int):
+  for key in ("attention.value_length", "rope.dimension_count"):
+    size = field(file, f"{name}.{key}", int, head_dim)
+    if size != head_dim or size % 2:
+      raise ValueError(
+        f"{file.path}: expected '{name}.{key}' to be the even width of a head, "
+        f"got {size} for heads of {head_dim}. Partial RoPE and values of "
+        "another width are not supported."
+      )
+
+
+def _ids(file: File, pad: int | None = None) -> dict[str, Any]:
+  """The ids of special tokens; like llama.cpp, the end of a turn is an end."""
+  eos_id = token_id(file, "eos")
+  ends = eos_id, token_id(file, "eot", eos_id)
+  return {
+    "bos_id": token_id(file, "bos"),
+    "eos_ids": tuple(dict.fromkeys(ends)),
+    "pad_id": token_id(file, "padding", pad),
+  }
+
+
+# Entries that are read, or that repeat what the tensors say.
+_KEYS = (
+  "block_count",
+  "context_length",
+  "embedding_length",
+  "feed_forward_length",
+  "vocab_size",
+  "attention.head_count",
+  "attention.head_count_kv",
+  "attention.key_length",
+  "attention.value_length",
+  "attention.layer_norm_rms_epsilon",
+  "rope.dimension_count",
+  "rope.freq_base",
+  "rope.scaling.type",
+  "rope.scaling.factor",
+)
+# Entries that may be there with the value that changes nothing.
+_NEUTRAL = {
+  "attention.causal": True,
+  "expert_count": 0,
+  "expert_used_count": 0,
+  "tensor_data_layout": "Meta AI original pth",  # what every Llama has
+}
+
+
+def _refuse_entries(file: File, name: str, *more: str):
+  """An entry that is not known could change what the model computes."""
+  others = []
+  for key, value in file.metadata.items():
+    entry = key.removeprefix(f"{name}.")
+    if entry == key or entry in (*_KEYS, *more):
+      continue
+    neutral = _NEUTRAL.get(entry)
+    if type(value) is not type(neutral) or value != neutral:
+      others.append(f"{key} = {reprlib.repr(value)}")
+  if others:
+    raise ValueError(
+      f"{file.path}: expected a plain {name} model, but the metadata ask for "
+      f"what is not supported: {', '.join(sorted(others))}. Choose a model "
+      "without it."
+    )
+
+
 # ---------------------------------------------------------------------------
 # Gemma 3.
 # ---------------------------------------------------------------------------
@@ -78,10 +145,19 @@ def _gemma3_config(file: File) -> config_lib.ModelConfig:
   def need(key, kind, default=None):
     return field(file, f"gemma3.{key}", kind, default)
 
+  _refuse_entries(
+    file,
+    "gemma3",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "final_logit_softcapping",
+    "rope.freq_base_swa",
+  )
   layers = _num_layers(file, "gemma3")
   heads = need("attention.head_count", int)
   width = need("embedding_length", int)
   head_dim = need("attention.key_length", int)
+  _check_head(file, "gemma3", head_dim)
   # Not in the file. llama.cpp, src/llama-model.cpp: width / heads in the 27B,
   # which it knows by its number of layers, the head's width in all others.
   scalar = width // heads if layers == 62 else head_dim
@@ -102,7 +178,7 @@ def _gemma3_config(file: File) -> config_lib.ModelConfig:
     query_scale=scalar**-0.5,
     rope_theta_local=_decimal(need("rope.freq_base_swa", float, 10_000.0)),
     rope_theta_global=_decimal(need("rope.freq_base", float, 1_000_000.0)),
-    rope_factor_global=_rope_factor(file, "gemma3", "none"),
+    rope_factor_global=_rope_factor(file, "gemma3"),
     qk_norm=True,
     final_softcap=cap,
     norm_eps=_decimal(need("attention.layer_norm_rms_epsilon", float)),
@@ -110,9 +186,7 @@ def _gemma3_config(file: File) -> config_lib.ModelConfig:
     activation="gelu_tanh",
     embed_scale=width**0.5,
     max_context=need("context_length", int),
-    bos_id=field(file, "tokenizer.ggml.bos_token_id", int),
-    eos_id=field(file, "tokenizer.ggml.eos_token_id", int),
-    pad_id=field(file, "tokenizer.ggml.padding_token_id", int),
+    **_ids(file),
   )
 
 
@@ -172,50 +246,17 @@ _GEMMA3_WEIGHTS = (
 # Llama.
 # ---------------------------------------------------------------------------
 
-# Entries `llama.*` that are read, or that repeat what the tensors say.
-_LLAMA_KEYS = (
-  "block_count",
-  "context_length",
-  "embedding_length",
-  "feed_forward_length",
-  "vocab_size",
-  "attention.head_count",
-  "attention.head_count_kv",
-  "attention.key_length",
-  "attention.value_length",
-  "attention.layer_norm_rms_epsilon",
-  "rope.dimension_count",
-  "rope.freq_base",
-  "rope.scaling.type",
-  "rope.scaling.factor",
-)
-# Entries that may be there with the value that changes nothing.
-_LLAMA_NEUTRAL = {
-  "attention.causal": True,
-  "expert_count": 0,
-  "expert_used_count": 0,
-  "tensor_data_layout": "Meta AI original pth",  # what every file has
-}
-
 
 def _llama_config(file: File) -> config_lib.ModelConfig:
   def need(key, kind, default=None):
     return field(file, f"llama.{key}", kind, default)
 
-  _refuse_llama_entries(file)
+  _refuse_entries(file, "llama")
   layers = _num_layers(file, "llama")
   heads = need("attention.head_count", int)
   width = need("embedding_length", int)
   head_dim = need("attention.key_length", int, width // heads)
-  for key in ("attention.value_length", "rope.dimension_count"):
-    size = need(key, int, head_dim)
-    if size != head_dim or size % 2:
-      raise ValueError(
-        f"{file.path}: expected 'llama.{key}' to be the even width of a head, "
-        f"got {size} for heads of {head_dim}. Partial RoPE and values of "
-        "another width are not supported."
-      )
-  eos_id = field(file, "tokenizer.ggml.eos_token_id", int)
+  _check_head(file, "llama", head_dim)
   return config_lib.ModelConfig(
     family="llama",
     num_layers=layers,
@@ -227,34 +268,15 @@ def _llama_config(file: File) -> config_lib.ModelConfig:
     vocab_size=len(field(file, "tokenizer.ggml.tokens", list)),
     query_scale=head_dim**-0.5,
     rope_theta_global=_decimal(need("rope.freq_base", float, 10_000.0)),
-    rope_factor_global=_rope_factor(file, "llama", "linear"),
+    rope_factor_global=_rope_factor(file, "llama"),
     norm_eps=_decimal(need("attention.layer_norm_rms_epsilon", float)),
     norm_offset=0.0,
     activation="silu",
     embed_scale=1.0,
     tied="output.weight" not in file.tensors,
     max_context=need("context_length", int),
-    bos_id=field(file, "tokenizer.ggml.bos_token_id", int),
-    eos_id=eos_id,
-    pad_id=field(file, "tokenizer.ggml.padding_token_id", int, eos_id),
+    **_ids(file, pad=token_id(file, "eos")),
   )
-
-
-def _refuse_llama_entries(file: File):
-  """An entry that is not known could change what the model computes."""
-  others = []
-  for key, value in file.metadata.items():
-    name = key.removeprefix("llama.")
-    if name == key or name in _LLAMA_KEYS:
-      continue
-    neutral = _LLAMA_NEUTRAL.get(name)
-    if type(value) is not type(neutral) or value != neutral:
-      others.append(f"{key} = {reprlib.repr(value)}")
-  if others:
-    raise ValueError(
-      f"{file.path}: expected a plain Llama, but the metadata ask for what is "
-      f"not supported: {', '.join(sorted(others))}. Choose a model without it."
-    )
 
 
 # llama.cpp rotates neighbouring rows of a head, Hugging Face rows that are half

@@ -21,6 +21,23 @@ _PRE_TOKENIZERS = {
 }
 
 
+def token_id(file: File, name: str, default: int | None = None) -> int:
+  """The id of a special token.
+
+  Raises:
+    ValueError: it is missing, or no id of the vocabulary.
+  """
+  key = f"tokenizer.ggml.{name}_token_id"
+  i = field(file, key, int, default)
+  size = len(field(file, "tokenizer.ggml.tokens", list))
+  if not 0 <= i < size:
+    raise ValueError(
+      f"{file.path}: expected {key!r} to be below {size}, got {i}. Convert "
+      "the model to GGUF again."
+    )
+  return i
+
+
 def write_sentencepiece(
   file: File, cfg: config_lib.ModelConfig, directory: pathlib.Path
 ):
@@ -53,9 +70,9 @@ def write_sentencepiece(
     file, lambda token: token.replace(" ", "▁") if token.isspace() else token
   )
   vocab = {token: i for i, token in enumerate(tokens)}
-  unk_id = field(file, "tokenizer.ggml.unknown_token_id", int)
+  unk_id = token_id(file, "unknown")
   ids = {"bos": cfg.bos_id, "eos": cfg.eos_id, "pad": cfg.pad_id, "unk": unk_id}
-  special = _special(file, tokens, ids)
+  special = {name: tokens[i] for name, i in ids.items()}
   tokenizer = tokenizers.Tokenizer(
     tokenizers.models.BPE(
       vocab=vocab,
@@ -134,8 +151,8 @@ def write_byte_level(
   tokens, kinds = _vocabulary(file)
   ids = {"bos": cfg.bos_id, "eos": cfg.eos_id, "pad": cfg.pad_id}
   if "tokenizer.ggml.unknown_token_id" in file.metadata:
-    ids["unk"] = field(file, "tokenizer.ggml.unknown_token_id", int)
-  special = _special(file, tokens, ids)
+    ids["unk"] = token_id(file, "unknown")
+  special = {name: tokens[i] for name, i in ids.items()}
   vocab = {token: i for i, token in enumerate(tokens)}
   merges = [
     tuple(merge.split(" "))
@@ -183,19 +200,6 @@ def _vocabulary(
       f"{len(kinds)} types. Convert the model to GGUF again."
     )
   return tokens, kinds
-
-
-def _special(
-  file: File, tokens: list[str], ids: dict[str, int]
-) -> dict[str, str]:
-  """The tokens of special ids."""
-  for name, i in ids.items():
-    if not 0 <= i < len(tokens):
-      raise ValueError(
-        f"{file.path}: expected the id of <{name}> to be below {len(tokens)}, "
-        f"got {i}. Convert the model to GGUF again."
-      )
-  return {name: tokens[i] for name, i in ids.items()}
 
 
 def _add_tokens(

@@ -95,9 +95,8 @@ class Block(nn.Module):
       out, kv = layers.self_attention(cfg, p, normed, layer, ctx, site)
       x = site("resid_mid", x + site("attn_out", out))
     with jax.named_scope("mlp"):
-      normed = site("mlp_norm", layers.layer_unit(cfg, x))
-      normed = layers.affine(cfg, p, "pre_mlp_norm", normed).astype(x.dtype)
-      x = site("resid_post", x + mlp(cfg, p, site("mlp_in", normed), site))
+      read = layers.mlp_input(cfg, p, x, site, layers.layer_unit)
+      x = site("resid_post", x + mlp(cfg, p, read, site))
     return x, kv
 
 

@@ -16,8 +16,7 @@ def need(hf: Mapping[str, Any], *keys: str, default: Any = None) -> Any:
   Raises:
     ValueError: none of them is, and there is no default; says which are.
   """
-  for key in (*keys, None):
-    value = default if key is None else hf.get(key)
+  for value in (*map(hf.get, keys), default):
     if value is not None:
       return value
   raise ValueError(

@@ -183,6 +183,16 @@ def dense(equation: str, p, name: str, x: jax.Array) -> jax.Array:
   return y if bias is None else y + bias
 
 
+def mlp_input(
+  cfg: ModelConfig, p, x: jax.Array, site: SiteFn, unit: Callable
+) -> jax.Array:
+  """What the MLP reads, through the sites `mlp_norm` and `mlp_in`."""
+  # Recorded before the gain and before the cast: float32 in bf16 models.
+  normed = site("mlp_norm", unit(cfg, x))
+  normed = affine(cfg, p, "pre_mlp_norm", normed).astype(x.dtype)
+  return site("mlp_in", normed)
+
+
 def mlp(cfg: ModelConfig, p, x: jax.Array, site: SiteFn) -> jax.Array:
   """The MLP, gated where there is a gate: `mlp_in` -> `mlp_raw`, [B, T, D].
 

@@ -163,8 +163,8 @@ class Model:
 
     Args:
       tokens: int [B, T].
-      max_new_tokens: tokens to add; a row that reaches `config.eos_id` is
-        filled with `config.pad_id` from there on.
+      max_new_tokens: tokens to add; a row that reaches one of
+        `config.eos_ids` is filled with `config.pad_id` from there on.
       temperature: 0 takes the most likely token; otherwise samples.
       edits: see `forward`; they apply at every step. With the cache they get
         the prompt first, padded on its left, and then one token at a time.

@@ -99,9 +99,8 @@ class Block(nn.Module):
     else:
       read = x = site("resid_mid", x + out)
     with jax.named_scope("mlp"):
-      normed = site("mlp_norm", layers.layer_unit(cfg, read))
-      normed = layers.affine(cfg, p, "pre_mlp_norm", normed).astype(x.dtype)
-      branch = mlp(cfg, p, site("mlp_in", normed), site)
+      read = layers.mlp_input(cfg, p, read, site, layers.layer_unit)
+      branch = mlp(cfg, p, read, site)
     if cfg.parallel_residual:
       branch = out + branch
     return site("resid_post", x + branch), kv

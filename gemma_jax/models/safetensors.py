@@ -61,7 +61,7 @@ def open_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
   header.pop("__metadata__", None)
   data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
   start, room = 8 + length, size - 8 - length
-  tensors, ranges = {}, []
+  tensors, ranges, others = {}, [], []
   for name, entry in header.items():
     try:
       kind, shape = entry["dtype"], tuple(entry["shape"])
@@ -90,6 +90,12 @@ def open_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
     raw = data[start + first : start + last]
     tensors[name] = raw.view(dtype).reshape(shape)
     ranges.append((first, last, name))
+  if others:
+    raise ValueError(
+      f"{path} holds dtypes that are not supported: {', '.join(others[:4])}"
+      f"{' and others' * (len(others) > 4)}. Expected {', '.join(DTYPES)}. "
+      "Load a checkpoint of the model that is not quantised."
+    )
   end = 0
   for first, last, name in sorted(ranges):
     if first != end:
@@ -146,7 +152,7 @@ def open_directory(directory: str | os.PathLike) -> dict[str, np.ndarray]:
     where = dict(json.loads(index.read_text())["weight_map"])
     if not all(isinstance(name, str) for name in where.values()):
       raise TypeError("a shard's name is no string")
-  except (ValueError, KeyError, TypeError) as e:
+  except (ValueError, KeyError, TypeError, RecursionError) as e:
     raise ValueError(
       f"{index} is no JSON object with a weight_map of tensors to files "
       f"({type(e).__name__}: {e}). Download it again."

@@ -10,7 +10,7 @@ from gemma_jax.models import attention, edits
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-# A window, learned positions; test_parity.py has every family.
+# A window, learned positions; test_generate_torch.py has every family.
 FAMILIES = ("gemma3", "gpt2")
 LENGTHS = np.array([[20], [7], [14]])  # two beyond the window of 12
 

@@ -1,11 +1,8 @@
-"""GGUF files against transformers' loader, the gguf library, and damage."""
+"""GGUF files of Gemma 3: the gguf library, races, and damage."""
 
 import concurrent.futures
-import hashlib
 import json
-import os
 import pathlib
-import pydoc_data.topics
 import random
 import struct
 import sys
@@ -15,7 +12,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
-import transformers
 
 from gemma_jax.models import families, gguf, gguf_models
 
@@ -24,16 +20,6 @@ PIECES = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", "  ", "<b>"]
 PIECES += [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES += ["▁a", "ab", "▁ab", "▁", "a", "b"]
 KINDS = [3, 3, 3, 3, 4, 4, 4] + [6] * 256 + [1] * 6
-
-
-@pytest.fixture(scope="module")
-def directory():
-  return gguf.cached(gguf.packaged())
-
-
-@pytest.fixture(scope="module")
-def tokenizer(directory):
-  return tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
 def tiny(path, *, arch="gemma3", without=(), extra=(), shapes=None, **changes):
@@ -51,7 +37,13 @@ def tiny(path, *, arch="gemma3", without=(), extra=(), shapes=None, **changes):
     "attention.sliding_window": 8,
   } | changes
   for key, value in fields.items():
-    writer.add_uint32(f"gemma3.{key}", value)
+    write = {
+      int: writer.add_uint32,
+      float: writer.add_float32,
+      bool: writer.add_bool,
+      str: writer.add_string,
+    }[type(value)]
+    write(f"gemma3.{key}", value)
   writer.add_float32("gemma3.attention.layer_norm_rms_epsilon", 1e-6)
   writer.add_float32("gemma3.rope.freq_base", 1e6)
   writer.add_tokenizer_model("llama")
@@ -107,132 +99,6 @@ def refuses(path, match, **kwargs):
 
 def tensors_of(directory):
   return safetensors.numpy.load_file(directory / "model.safetensors")
-
-
-# The demo model.
-
-
-def test_the_config_is_the_preset_of_the_released_checkpoint(directory):
-  hf = json.loads((directory / "config.json").read_text())
-  assert families.from_hf_config(hf) == families.PRESETS["gemma3-270m"]
-  theirs = transformers.AutoConfig.from_pretrained(directory)
-  assert theirs.model_type == "gemma3_text"
-  rope = theirs.rope_parameters
-  assert rope["full_attention"]["rope_theta"] == 1e6
-  assert rope["sliding_attention"]["rope_theta"] == 1e4
-  assert theirs.rms_norm_eps == 1e-6
-
-
-@pytest.mark.torch
-def test_weights_equal_those_of_transformers_own_gguf_loader(directory):
-  import torch
-  from transformers import modeling_gguf_pytorch_utils as theirs
-
-  hf = transformers.AutoConfig.from_pretrained(directory)
-  with torch.device("meta"):
-    model = transformers.AutoModelForCausalLM.from_config(hf)
-  expected = theirs.load_gguf_checkpoint(
-    gguf.packaged(), return_tensors=True, model_to_load=model
-  )["tensors"]
-  got = tensors_of(directory)
-  # The head is the embedding, which is written once.
-  assert got.keys() == model.state_dict().keys() - {"lm_head.weight"}
-  assert got.keys() == expected.keys()
-  for name, value in got.items():
-    np.testing.assert_array_equal(value, expected[name].numpy(), name)
-
-
-def test_ids_are_those_of_transformers_own_gguf_conversion(tokenizer):
-  """Pinned from `AutoTokenizer.from_pretrained(..., gguf_file=...)` 5.23.
-
-  SentencePiece, made from the same file, gives the same ids but for control
-  tokens, which it never finds in text, and for the last, a run of spaces that
-  is longer than any token.
-  """
-  # fmt: off
-  pinned = {
-    "The quick brown fox jumps over the lazy dog.": [
-      818, 3823, 8864, 37423, 38167, 1024, 506, 31770, 4799, 236761],
-    "def f(x):\n\treturn  x**2\n\n\n": [
-      2063, 517, 236769, 236781, 1473, 107, 255968, 2060, 138, 236781, 1018,
-      236778, 109],
-    "a    b": [236746, 140, 236763],
-    " leading": [5830],
-    "日本語のテキスト": [94951, 236945, 95830],
-    "👩\u200d👩\u200d👧 🇩🇪": [
-      243767, 237243, 243767, 237243, 244814, 236743, 246841, 245562],
-    "\x00\x7f\U000e0041": [238, 251541, 481, 398, 367, 367],
-    "<table><td>x</td>": [168, 175, 236781, 183],
-    "<start_of_turn>user\nhi<end_of_turn>": [105, 2364, 107, 2202, 106],
-    "<0x0A>": [236820, 236771, 236781, 236771, 236776, 236813],
-    "naïve e\u0301 ﬁ": [1789, 238527, 560, 545, 238288, 97940],
-    "\r\n": [251, 107],
-    " " * 31 + "x": [167, 236781],
-    " " * 32 + "the": [152, 152, 1437],
-  }
-  # fmt: on
-  for text, ids in pinned.items():
-    assert tokenizer.encode(text).ids == [2, *ids], text
-    assert tokenizer.encode(text, add_special_tokens=False).ids == ids, text
-
-
-def test_vocabulary_and_merges_are_those_of_transformers_own_conversion(
-  directory,
-):
-  """By the digest of what transformers 5.23 makes of the same file."""
-  made = json.loads((directory / "tokenizer.json").read_text("utf-8"))
-  added = [
-    [token["id"], token["content"], token["special"], token["normalized"]]
-    for token in made["added_tokens"]
-  ]
-  model = made["model"]
-  assert (len(model["merges"]), len(added)) == (514_906, 6_384)
-  parts = [model["vocab"], model["merges"], added]
-  text = json.dumps(parts, sort_keys=True).encode()
-  assert hashlib.sha256(text).hexdigest() == (
-    "a6a0ee1e59d84f7914eb281995e7d4bd48fba3e71b02bc4ffb7e20bda0bb70cc"
-  )
-
-
-def test_real_text_and_any_unicode_come_back_from_their_ids(tokenizer):
-  library_directory = pathlib.Path(os.__file__).parent
-  texts = [p.read_text("utf-8") for p in library_directory.glob("[a-d]*.py")]
-  texts += pydoc_data.topics.topics.values()
-  texts += [gap * n + "x" for gap in " \t\n" for n in range(1, 70)]
-  texts += [
-    "👩‍👩‍👧‍👦 🏳️‍🌈",
-    "العربية हिन्दी ภาษาไทย 한국어",
-    "\x00\x1f\x7f\x80\uffff",
-  ]
-  rng = random.Random(0)
-  blocks = [(1, 0xD7FF), (0x1F300, 0x1FAFF), (0xE000, 0x10FFFF), (32, 126)]
-  for _ in range(500):
-    points = (rng.randint(*rng.choice(blocks)) for _ in range(40))
-    texts.append("".join(map(chr, points)))
-  # "▁" stands for a space: the one character that cannot come back.
-  texts = [text.replace("▁", "") for text in texts]
-  encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-  ids = [encoding.ids for encoding in encodings]
-  assert tokenizer.decode_batch(ids, skip_special_tokens=False) == texts
-  assert sum(map(len, ids)) > 300_000
-
-
-def test_every_run_that_is_a_token_is_one_token(tokenizer):
-  for gap in " \t\n":
-    for n in range(1, 32):
-      assert len(tokenizer.encode(gap * n).ids) == 2, (gap, n)
-
-
-def test_transformers_loads_the_same_tokenizer(directory, tokenizer):
-  theirs = transformers.AutoTokenizer.from_pretrained(
-    directory, local_files_only=True
-  )
-  text = "<bos>Hi  <b>there</b>\n\n\tx 👋🏽<end_of_turn>"
-  assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
-  assert theirs("Hi")["input_ids"][0] == theirs.bos_token_id == 2
-  assert (theirs.pad_token_id, theirs.eos_token_id) == (0, 1)
-  assert len(theirs) == tokenizer.get_vocab_size() == 262_144
-  assert theirs.decode(theirs(text)["input_ids"][1:]) == text
 
 
 # A tiny model, of which every part is known.
@@ -428,10 +294,35 @@ def test_a_shape_that_contradicts_the_metadata_is_refused(tmp_path):
     ("block_count", 2**32 - 1, "block_count of at most 28"),
     ("attention.head_count_kv", 0, "attention.head_count_kv' >= 1, got 0"),
     ("attention.head_count", 3, "shapes that do not agree"),
+    ("rope.scaling.type", "yarn", "'linear' or 'none', got 'yarn'"),
+    ("rope.dimension_count", 8, "rope.dimension_count' to be the even width"),
+    ("attention.value_length", 8, "value_length' to be .* got 8 for heads of"),
+    ("attn_logit_softcapping", 50.0, "gemma3.attn_logit_softcapping = 50.0"),
+    ("expert_count", 8, "not supported: gemma3.expert_count = 8"),
+    ("attention.causal", False, "a plain gemma3 model, .*causal = False"),
   ],
 )
 def test_metadata_that_cannot_be_is_refused(tmp_path, key, value, match):
   refuses(tiny(tmp_path / "tiny.gguf", **{key: value}), match)
+
+
+@pytest.mark.parametrize(
+  ("changes", "factor"),
+  [
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, 8.0),
+    ({"rope.scaling.factor": 8.0}, 8.0),
+    ({"rope.scaling.type": "none", "rope.scaling.factor": 8.0}, 1.0),
+    ({"attention.value_length": H, "vocab_size": len(PIECES)}, 1.0),
+    ({"rope.freq_base_swa": 1e4, "attention.causal": True}, 1.0),
+  ],
+)
+def test_a_rope_factor_is_linear_where_the_file_does_not_say(
+  tmp_path, changes, factor
+):
+  """As in llama.cpp, src/llama-model.cpp."""
+  out = gguf.convert(tiny(tmp_path / "tiny.gguf", **changes), tmp_path / "out")
+  config = json.loads((out / "config.json").read_text())
+  assert families.from_hf_config(config).rope_factor_global == factor
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):

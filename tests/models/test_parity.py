@@ -140,42 +140,6 @@ def test_rows_padded_on_either_side_give_hugging_faces_logits(
   assert distance(got[mask], expected[mask]) < 1e-4
 
 
-@pytest.mark.parametrize("preset", TINY)
-def test_greedy_continuations_of_padded_rows_equal_hugging_faces(
-  preset, tokens, save, one_device
-):
-  # With a small embedding a tied model does not repeat its last token.
-  theirs = tiny(preset, embedding=0.3, matrices=3.0)
-  ours = models.load_model(save(theirs), mesh=one_device)
-  prompt, new = tokens[:, :20], 24
-  lengths = LENGTHS // 2
-  mask = np.arange(20) >= 20 - lengths[:, None]
-  with torch.no_grad():
-    expected = theirs.generate(
-      torch.tensor(prompt),
-      attention_mask=torch.tensor(mask.astype(int)),
-      do_sample=False,
-      max_new_tokens=new,
-      pad_token_id=0,
-    ).numpy()[:, 20:]
-  assert expected.shape == (3, new)
-  assert len(np.unique(expected)) > 15
-  # As theirs does, ours goes on past the end.
-  endless = dataclasses.replace(ours.config, eos_id=-1)
-  endless = dataclasses.replace(ours, config=endless)
-
-  def added(prompt, mask, **kwargs):
-    out = endless.generate(prompt, mask=mask, max_new_tokens=new, **kwargs)
-    np.testing.assert_array_equal(out[:, :20], prompt)
-    return out[:, 20:]
-
-  np.testing.assert_array_equal(added(prompt, mask), expected)
-  np.testing.assert_array_equal(added(prompt, mask, cache=False), expected)
-  turned = [np.roll(x, n) for x, n in zip(prompt, lengths, strict=True)]
-  turned = added(np.stack(turned), mask[:, ::-1])
-  np.testing.assert_array_equal(turned, expected)
-
-
 # Each part of a block on its own, with Hugging Face's own input to it.
 
 

@@ -47,20 +47,30 @@ def test_logits_and_every_site_equal_hugging_face_beyond_the_window(
   assert max(worst.values()) < 1e-4, worst
 
 
-def test_greedy_continuation_agrees_for_64_tokens(theirs, ours, tokens):
-  prompt = tokens[:, :40]
+def test_greedy_continuations_of_a_padded_batch_agree_for_64_tokens(
+  theirs, ours, tokens
+):
+  """Padded on the left there, and on the right here."""
+  prompts = [tokens[0, :40], np.concatenate([tokens[0, :1], tokens[0, 90:114]])]
+  left, right = np.zeros((2, 2, 40), np.int64)
+  mask = np.zeros((2, 40), bool)
+  for row, prompt in enumerate(prompts):
+    left[row, 40 - len(prompt) :] = right[row, : len(prompt)] = prompt
+    mask[row, : len(prompt)] = True
   with torch.no_grad():
     expected = theirs.generate(
-      torch.tensor(prompt),
-      attention_mask=torch.ones(prompt.shape, dtype=torch.long),
+      torch.tensor(left),
+      attention_mask=torch.tensor(mask[:, ::-1].copy()).long(),
       do_sample=False,
       max_new_tokens=64,
       pad_token_id=0,
     ).numpy()
-  assert expected.shape == (1, 104)
-  np.testing.assert_array_equal(
-    ours.generate(prompt, max_new_tokens=64), expected
-  )
+  assert expected.shape == (2, 104)
+  assert (expected[0, 40:] != expected[1, 40:]).mean() > 0.5
+  got = ours.generate(right, mask=mask, max_new_tokens=64)
+  np.testing.assert_array_equal(got[:, 40:], expected[:, 40:])
+  whole = ours.generate(right, mask=mask, max_new_tokens=64, cache=False)
+  np.testing.assert_array_equal(whole, got)
 
 
 def test_the_true_mlp_in_the_transcoders_place_changes_nothing(ours, tokens):

@@ -1,20 +1,17 @@
-"""Checkpoints: safetensors files as untrusted data, tables, resolution."""
+"""Checkpoints: tables of names and dims, what does not fit, memory."""
 
+import dataclasses
 import json
-import math
 import shutil
 import subprocess
 import sys
 
-import huggingface_hub
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-import gemma_jax
 from gemma_jax import models
 from gemma_jax.models import random, weights
 from gemma_jax.models import safetensors as ours
@@ -201,6 +198,44 @@ def test_the_text_tower_of_a_multimodal_checkpoint_loads(
   equal(load(renamed).params, model.params)
 
 
+@pytest.mark.parametrize(
+  ("preset", "name"),
+  [
+    ("gemma3-tiny", "lm_head.weight"),
+    ("gpt2-tiny", "lm_head.weight"),
+    ("neox-tiny", "embed_out.weight"),
+    ("neox-tiny", "lm_head.weight"),
+    ("llama-tiny", "lm_head.weight"),
+  ],
+)
+def test_a_tied_model_leaves_out_the_head_of_its_file(
+  tmp_path, one_device, preset, name
+):
+  cfg = dataclasses.replace(PRESETS[preset], tied=True)
+  shapes = jax.eval_shape(lambda key: random.init(cfg, key), jax.random.key(0))
+  params = jax.tree.map(lambda x: np.full(x.shape, x.size, x.dtype), shapes)
+  weights.save(tmp_path, params, cfg)
+  path = tmp_path / ours.SINGLE
+  head = {name: np.ones((cfg.vocab_size, cfg.width), np.float32)}
+  safetensors.numpy.save_file(safetensors.numpy.load_file(path) | head, path)
+  (tmp_path / "config.json").write_text(json.dumps(to_hf_config(cfg)))
+  equal(models.load_model(tmp_path, mesh=one_device).params, params)
+
+
+def test_the_head_of_a_neox_has_two_names(tmp_path, one_device):
+  model = models.load_model("random:neox-tiny", mesh=one_device)
+  there = safetensors.numpy.load_file(model.directory / ours.SINGLE)
+  there["lm_head.weight"] = there.pop("embed_out.weight")
+  safetensors.numpy.save_file(there, tmp_path / ours.SINGLE)
+  shutil.copy(model.directory / "config.json", tmp_path)
+  again = models.load_model(tmp_path, mesh=one_device)
+  equal(again.params, model.params)
+  there["embed_out.weight"] = there["lm_head.weight"]
+  safetensors.numpy.save_file(there, tmp_path / ours.SINGLE)
+  with pytest.raises(ValueError, match=r"Not expected: (embed_out|lm_head)"):
+    models.load_model(tmp_path, mesh=one_device)
+
+
 # Tensors that are not those of the model.
 
 
@@ -208,7 +243,7 @@ def listed(message):
   """The three lists of the error."""
   _, rest = message.split(" Missing: ")
   missing, rest = rest.split(". Not expected: ")
-  extra, wrong = rest.split(". Of another shape: ")
+  extra, wrong = rest.split(". Of another shape or type: ")
   return missing, extra, wrong.removesuffix(".")
 
 
@@ -236,6 +271,18 @@ def test_everything_that_does_not_fit_is_listed_at_once(tensors, load):
   assert "model.embed_tokens.weight is [999, 48], not [1000, 48]" in shapes
   assert "layers.0.mlp.down_proj.weight is [96, 48], not [48, 96]" in shapes
   assert shapes.count(" is [") == 2
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+def test_weights_that_are_no_floats_are_listed(tensors, load, dtype):
+  name = "model.layers.3.mlp.up_proj.weight"
+  with pytest.raises(ValueError, match="does not hold the model") as e:
+    load(tensors | {name: tensors[name].astype(dtype)})
+  assert listed(str(e.value)) == (
+    "none",
+    "none",
+    f"{name} is {dtype}, not a float",
+  )
 
 
 def test_a_list_that_has_no_entries_says_none(tensors, load):
@@ -278,206 +325,7 @@ def test_one_tensor_under_two_prefixes_is_not_expected(tensors, load):
   assert extra in (key, "model.norm.weight")
 
 
-# Several files with an index.
-
-
-@pytest.fixture
-def sharded(directory, tensors):
-  """Two shards and their index, written by hand."""
-  where = {}
-  for i in (0, 1):
-    name = f"model-0000{i + 1}-of-00002.safetensors"
-    part = {k: x for j, (k, x) in enumerate(tensors.items()) if j % 2 == i}
-    safetensors.numpy.save_file(part, directory / name)
-    where |= dict.fromkeys(part, name)
-  index = {"metadata": {"total_size": 1}, "weight_map": where}
-  (directory / ours.INDEX).write_text(json.dumps(index))
-  return directory
-
-
-def test_a_sharded_checkpoint_loads_as_the_single_file_does(
-  model, sharded, one_device
-):
-  equal(models.load_model(sharded, mesh=one_device).params, model.params)
-
-
-def test_a_missing_shard_is_named(sharded, one_device):
-  (sharded / "model-00002-of-00002.safetensors").unlink()
-  with pytest.raises(
-    FileNotFoundError, match=r": 'model-00002-of-00002\.safetensors'\. Download"
-  ):
-    models.load_model(sharded, mesh=one_device)
-
-
-def test_a_tensor_that_is_not_in_its_shard_is_named(sharded, one_device):
-  index = json.loads((sharded / ours.INDEX).read_text())
-  index["weight_map"]["model.norm.weights"] = "model-00001-of-00002.safetensors"
-  (sharded / ours.INDEX).write_text(json.dumps(index))
-  with pytest.raises(ValueError, match=r"files lack: model\.norm\.weights\."):
-    models.load_model(sharded, mesh=one_device)
-
-
-@pytest.mark.parametrize(
-  "name", ["../secret.safetensors", "..", ".", "", "a/b"]
-)
-def test_an_index_cannot_name_a_file_outside_the_directory(
-  sharded, tensors, one_device, name
-):
-  part = {"model.norm.weight": tensors["model.norm.weight"]}
-  outside = sharded.parent / "secret.safetensors"
-  safetensors.numpy.save_file(part, outside)
-  index = json.loads((sharded / ours.INDEX).read_text())
-  index["weight_map"]["model.norm.weight"] = name
-  (sharded / ours.INDEX).write_text(json.dumps(index))
-  with pytest.raises(FileNotFoundError, match="shards that are not in"):
-    models.load_model(sharded, mesh=one_device)
-  outside.unlink()
-
-
-@pytest.mark.parametrize(
-  "text",
-  ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'],
-)
-def test_a_broken_index_is_named(directory, one_device, text):
-  (directory / ours.INDEX).write_text(text)
-  with pytest.raises(ValueError, match=r"index\.json is no.*weight_map.*again"):
-    models.load_model(directory, mesh=one_device)
-
-
-def test_a_directory_without_weights_says_which_files_belong_there(
-  directory, one_device
-):
-  with pytest.raises(
-    FileNotFoundError, match=r"neither model\.safetensors nor model\..*index"
-  ):
-    models.load_model(directory, mesh=one_device)
-
-
-# Files of the format, good and bad.
-
-
-SAMPLE = {
-  "f32": np.arange(6, dtype=np.float32).reshape(2, 3),
-  "bf16": np.arange(4, dtype=ml_dtypes.bfloat16),
-  "f16": np.ones((1, 2, 1), np.float16),
-  "i64": np.array([-1, 2]),
-  "i32": np.array(7, np.int32),
-  "u8": np.arange(3, dtype=np.uint8),
-  "bool": np.array([True, False]),
-  "none": np.zeros((0, 4), np.float32),
-  "f64": np.array([math.pi]),
-}
-
-
-def same(got, expected):
-  assert set(got) == set(expected)
-  for name, x in expected.items():
-    assert got[name].dtype == x.dtype
-    np.testing.assert_array_equal(got[name], x)
-
-
-def test_files_of_the_safetensors_package_are_read(tmp_path):
-  path = tmp_path / "x.safetensors"
-  safetensors.numpy.save_file(SAMPLE, path, metadata={"format": "pt"})
-  same(ours.open_file(path), SAMPLE)
-
-
-def test_the_safetensors_package_reads_our_files(tmp_path):
-  path = tmp_path / "x.safetensors"
-  turned = SAMPLE | {"turned": SAMPLE["f32"].T}
-  ours.write_file(path, turned, metadata={"what": "a test"})
-  same(safetensors.numpy.load_file(path), turned)
-  same(ours.open_file(path), turned)
-  with safetensors.safe_open(path, "numpy") as f:
-    assert f.metadata() == {"format": "pt", "what": "a test"}
-  assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
-
-
-def test_a_file_without_tensors_is_read(tmp_path):
-  path = tmp_path / "x.safetensors"
-  ours.write_file(path, {})
-  assert ours.open_file(path) == {}
-
-
-def test_truncated_at_any_length_a_file_is_refused(tmp_path):
-  path = tmp_path / "x.safetensors"
-  ours.write_file(path, SAMPLE)
-  whole = path.read_bytes()
-  data = 8 + int.from_bytes(whole[:8], "little")
-  for length in (0, 1, 7, 8, 9, data - 1, data, data + 1, len(whole) - 1):
-    path.write_bytes(whole[:length])
-    with pytest.raises(
-      ValueError, match=r"not a complete safetensors file.*again"
-    ) as e:
-      ours.open_file(path)
-    assert str(path) in str(e.value)
-
-
-def entry(shape=(2,), dtype="F32", offsets=(0, 8)):
-  return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-
-@pytest.mark.parametrize(
-  ("header", "message"),
-  [
-    ("", "header is no JSON"),
-    ("nonsense", "header is no JSON"),
-    (b"\xff\xfe", "header is no JSON"),
-    ("[" * 100_000, "header is no JSON"),
-    ([], "header is a list"),
-    (3, "header is a int"),
-    ({"a": entry(offsets=(0, 12))}, "'a' of shape.*needs 8 bytes at 0..12"),
-    ({"a": entry(offsets=(-8, 0))}, "needs 8 bytes at -8..0"),
-    ({"a": entry(offsets=(8, 0))}, "needs 8 bytes at 8..0"),
-    ({"a": entry((4,), offsets=(0, 16))}, "the file holds 8 bytes"),
-    ({"a": entry((2,), offsets=(2**70, 2**70 + 8))}, "the file holds 8 bytes"),
-    ({"a": entry((-2,))}, r"'a' has entry .*\[-2\].*negative"),
-    ({"a": entry((-1, -2))}, r"'a' has entry .*\[-1, -2\]"),
-    ({"a": entry((0, -1), offsets=(0, 0))}, r"'a' has entry .*\[0, -1\]"),
-    ({"a": entry((2.0,))}, r"'a' has entry .*\[2\.0\]"),
-    ({"a": entry(offsets=(0.0, 8.0))}, r"'a' has entry .*\[0\.0, 8\.0\]"),
-    ({"a": entry(offsets=(0, 4, 8))}, "'a' has entry"),
-    ({"a": entry("ab")}, "'a' has entry"),
-    ({"a": entry(3)}, "'a' has entry"),
-    ({"a": entry(dtype="F4")}, "'a' has entry.*F4"),
-    ({"a": entry(dtype=["F32"])}, "'a' has entry"),
-    ({"a": {"dtype": "F32", "shape": [2]}}, "'a' has entry"),
-    ({"a": [1, 2]}, "'a' has entry"),
-    ({"a": None}, "'a' has entry"),
-    ({"a": entry(), "b": entry()}, "'b' starts at byte 0.*ends at 8"),
-    (
-      {"a": entry(), "b": entry((1,), offsets=(4, 8))},
-      "'b' starts at byte 4.*ends at 8",
-    ),
-    ({"a": entry((1,), offsets=(4, 8))}, "'a' starts at byte 4.*ends at 0"),
-    ({"a": entry((1,), offsets=(0, 4))}, "tensors end at byte 4 of 8"),
-  ],
-)
-def test_a_header_that_does_not_describe_its_file_is_refused(
-  tmp_path, header, message
-):
-  """Eight bytes of data behind the header."""
-  if not isinstance(header, str | bytes):
-    header = json.dumps(header)
-  header = header if isinstance(header, bytes) else header.encode()
-  path = tmp_path / "x.safetensors"
-  path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-  with pytest.raises(ValueError, match=message) as e:
-    ours.open_file(path)
-  assert f"{path} is not a complete safetensors file" in str(e.value)
-  assert len(str(e.value)) < 1000
-
-
-@pytest.mark.parametrize("length", [17, 2**31, 2**63, 2**64 - 1])
-def test_an_absurd_length_of_the_header_is_refused_before_it_is_read(
-  tmp_path, length
-):
-  path = tmp_path / "x.safetensors"
-  path.write_bytes(length.to_bytes(8, "little") + bytes(16))
-  with pytest.raises(
-    ValueError, match=f"claims {length} bytes and the file has 24"
-  ):
-    ours.open_file(path)
+# Damage, and memory.
 
 
 def test_a_truncated_checkpoint_is_an_error_of_load_model(
@@ -490,130 +338,6 @@ def test_a_truncated_checkpoint_is_an_error_of_load_model(
   with pytest.raises(ValueError, match=f"{path} is not a complete"):
     models.load_model(directory, mesh=one_device)
 
-
-# Where a model is found.
-
-
-def test_the_package_loads_what_models_loads(model, one_device):
-  again = gemma_jax.load_model("random:gemma3-tiny", mesh=one_device, layers=1)
-  assert (again.config, again.num_loaded) == (CFG, 1)
-
-
-def test_without_a_mesh_the_batch_is_split_over_all_devices():
-  model = models.load_model("random:gemma3-tiny", layers=1)
-  assert dict(model.mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-  assert model.params["embed"].dtype == jnp.float32
-
-
-def test_a_random_model_is_made_once_and_is_the_same_again(
-  tmp_path, monkeypatch
-):
-  made = models.resolve("random:gemma3-tiny")
-  assert models.resolve("random:gemma3-tiny") == made
-  monkeypatch.setenv("GEMMA_JAX_CACHE", str(tmp_path))
-  again = models.resolve("random:gemma3-tiny")
-  assert again != made
-  for name in ("config.json", ours.SINGLE, "tokenizer.json"):
-    assert (again / name).read_bytes() == (made / name).read_bytes()
-
-
-def test_a_random_model_of_no_preset_lists_the_presets():
-  with pytest.raises(ValueError, match=r"no preset 'gemma9'.*gemma2-tiny"):
-    models.load_model("random:gemma9")
-
-
-def test_a_random_models_tokenizer_takes_any_text_and_gives_it_back(model):
-  text = "Ωmega, naïve 模型\n\t🙂 end"
-  ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-  assert len(ids) == len(text.encode())
-  assert max(ids) < CFG.vocab_size
-  assert model.tokenizer.decode(ids) == text
-  special = model.tokenizer
-  assert (special.bos_token_id, special.eos_token_id, special.pad_token_id) == (
-    CFG.bos_id,
-    CFG.eos_id,
-    CFG.pad_id,
-  )
-
-
-def test_a_directory_without_a_tokenizer_has_none(directory, tensors, load):
-  assert load(tensors).tokenizer is None
-
-
-@pytest.mark.parametrize(
-  "name", ["nowhere", "/no/such/dir", "./no/dir", "a/b/c", "no/file.gguf", ""]
-)
-def test_a_name_that_is_nothing_says_what_to_pass_or_install(
-  tmp_path, monkeypatch, name
-):
-  monkeypatch.chdir(tmp_path)
-  with pytest.raises(FileNotFoundError, match=r"No model at.*\[demo\]") as e:
-    models.load_model(name)
-  assert repr(name) in str(e.value)
-  assert "google/gemma-2-2b" in str(e.value)
-
-
-def no_hub(monkeypatch, error):
-  asked = []
-
-  def snapshot_download(name, **_):
-    asked.append(name)
-    raise error
-
-  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-  return asked
-
-
-def test_a_gated_model_says_to_accept_its_licence_and_log_in(monkeypatch):
-  # Its constructor wants a response of whichever HTTP client is installed.
-  errors = huggingface_hub.errors
-  gated = errors.GatedRepoError.__new__(errors.GatedRepoError)
-  asked = no_hub(monkeypatch, gated)
-  with pytest.raises(
-    FileNotFoundError,
-    match=r"gemma-2-2b is gated: accept.*huggingface\.co/.*hf auth login",
-  ):
-    models.load_model("google/gemma-2-2b")
-  assert asked == ["google/gemma-2-2b"]
-
-
-@pytest.mark.parametrize(
-  "error", [OSError("no route\nto host"), ValueError("offline"), OSError()]
-)
-def test_a_hub_that_cannot_be_reached_says_so_and_what_to_do(
-  monkeypatch, error
-):
-  no_hub(monkeypatch, error)
-  with pytest.raises(
-    FileNotFoundError,
-    match=r"google/gemma-2-2b is no local directory.*network.*pass the path",
-  ) as e:
-    models.load_model("google/gemma-2-2b")
-  assert type(error).__name__ in str(e.value)
-  assert "\n" not in str(e.value)
-
-
-def test_a_model_of_the_hub_is_loaded_from_where_the_hub_put_it(
-  monkeypatch, model, one_device
-):
-  monkeypatch.setattr(
-    huggingface_hub, "snapshot_download", lambda name, **_: model.directory
-  )
-  got = models.load_model("someone/tiny", mesh=one_device)
-  equal(got.params, model.params)
-
-
-def test_random_checkpoints_differ_by_seed():
-  one, two = (
-    ours.open_file(random.checkpoint("gemma3-tiny", seed=seed) / ours.SINGLE)
-    for seed in (0, 1)
-  )
-  assert not np.any(
-    np.asarray(one["model.norm.weight"]) == np.asarray(two["model.norm.weight"])
-  )
-
-
-# Memory.
 
 MEASURE = """
 import sys

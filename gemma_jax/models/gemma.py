@@ -254,7 +254,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     head_dim=size("head_dim"),
     vocab_size=size("vocab_size"),
     max_context=size("max_position_embeddings", 8192 if gemma2 else 131_072),
-    query_scale=size("query_pre_attn_scalar") ** -0.5,
+    query_scale=hf_config.number(hf, "query_pre_attn_scalar") ** -0.5,
     activation="gelu_tanh",
     window=size("sliding_window"),
     layer_is_global=_layer_is_global(hf, family, num_layers),

@@ -106,20 +106,19 @@ def ids(
     pad: where it has no `pad_token_id`; None for the first of `eos_ids`.
 
   Raises:
-    ValueError: not an id of the vocabulary.
+    ValueError: not an integer.
   """
-  vocab = size(hf, "vocab_size")
 
   def read(key, default, several=False):
     value = need(hf, key, default=default)
     listed = several and isinstance(value, list)
     found = tuple(value or [default]) if listed else (value,)
-    if not all(type(i) is int and 0 <= i < vocab for i in found):
+    if not all(type(i) is int for i in found):
       raise ValueError(
-        f"config.json: {key}={hf.get(key)!r}, by default {default}, must be "
-        f"a token id, an integer of 0 to {vocab - 1}, below vocab_size."
+        f"config.json: {key}={hf.get(key)!r} must be a token id, an integer."
       )
-    return found
+    # Old files write -1 for none.
+    return tuple(i for i in found if i >= 0) or (default,)
 
   ends = read("eos_token_id", eos, several=True)
   return {

@@ -38,7 +38,7 @@ class ModelConfig:
     num_kv_heads: K, key-value heads; divides N.
     head_dim: H; N * H need not equal D.
     vocab_size: V, rows of the embedding.
-    max_context: P, the longest context that the model takes, in tokens.
+    max_context: the longest context that the model takes, in tokens.
     query_scale: multiplies q.k.
     activation: of the MLP: "gelu_tanh", "gelu" (exact) or "silu".
     window: positions that a local layer sees, itself included; None where

@@ -34,7 +34,7 @@ _BLOCK = {
 }
 _TOP = {
   "embed": Row("VD", "transformer.wte.weight"),
-  "positions": Row("PD", "transformer.wpe.weight"),
+  "positions": Row("TD", "transformer.wpe.weight"),
   "final_norm": Row("D", "transformer.ln_f.weight"),
   "final_norm_bias": Row("D", "transformer.ln_f.bias"),
 }

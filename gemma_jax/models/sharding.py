@@ -15,7 +15,7 @@ AXES = ("data", "fsdp", "tensor")
 # and biases are small: every device has them whole.
 RULES: Mapping[str, str] = {
   "embed": "V:tensor D:fsdp",
-  "positions": "P:tensor D:fsdp",
+  "positions": "T:tensor D:fsdp",
   "unembed": "V:tensor D:fsdp",
   "q": "L D:fsdp N:tensor H",
   "k": "L D:fsdp K:tensor H",

@@ -43,7 +43,7 @@ def sizes(cfg: ModelConfig) -> dict[str, int]:
     "K": cfg.num_kv_heads,
     "H": cfg.head_dim,
     "V": cfg.vocab_size,
-    "P": cfg.max_context,
+    "T": cfg.max_context,
     "3": 3,
   }
 

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, a cache of the session's own, tiny models."""
 
+import gc
 import os
 import sys
 
@@ -52,3 +53,14 @@ def quick_compiles():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """Compiled programs are mapped memory, of which a process has 65,530 pieces.
+
+  XLA aborts beyond that; the programs of all modules together are more.
+  """
+  yield
+  jax.clear_caches()
+  gc.collect()

@@ -123,9 +123,7 @@ class ModelConfig:
         "Some layers are local (layer_is_global), so window must be a number "
         "of positions; got None."
       )
-    if self.rotary_dim is None:
-      object.__setattr__(self, "rotary_dim", self.head_dim)
-    turned = self.rotary_dim
+    turned = self.rope_dim
     if type(turned) is not int or not 0 <= turned <= self.head_dim:
       raise ValueError(
         f"rotary_dim={turned!r} must be an integer of 0 to "
@@ -146,6 +144,11 @@ class ModelConfig:
           f"bos_id={self.bos_id!r}, eos_ids={self.eos_ids!r} and "
           f"pad_id={self.pad_id!r} must be token ids, integers from 0."
         )
+
+  @property
+  def rope_dim(self) -> int:
+    """R: `rotary_dim`, or the whole head where that is None."""
+    return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
   @property
   def eos_id(self) -> int:

@@ -80,9 +80,9 @@ def context(
   The other arguments are `Context`'s.
   """
   cos = sin = None
-  if cfg.rotary_dim:
+  if cfg.rope_dim:
     fp = jnp.promote_types(dtype, jnp.float32)
-    half = jnp.arange(0, cfg.rotary_dim, 2).astype(fp) / cfg.rotary_dim
+    half = jnp.arange(0, cfg.rope_dim, 2).astype(fp) / cfg.rope_dim
 
     def angles(theta, factor):
       frequency = 1.0 / (jnp.asarray(theta, fp) ** half) / factor
@@ -223,7 +223,7 @@ def self_attention(
   if cfg.qk_norm:
     q = rms_norm(cfg, p, "q_norm", q)
     k = rms_norm(cfg, p, "k_norm", k)
-  if cfg.rotary_dim:
+  if cfg.rope_dim:
     which = layer.is_global.astype(jnp.int32)
     cos, sin = ctx.cos[which], ctx.sin[which]
     q, k = rope(q, cos, sin), rope(k, cos, sin)

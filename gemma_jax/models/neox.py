@@ -210,7 +210,7 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     "vocab_size": cfg.vocab_size,
     "max_position_embeddings": cfg.max_context,
     "hidden_act": "gelu" if cfg.activation == "gelu" else "gelu_new",
-    "rotary_pct": cfg.rotary_dim / cfg.head_dim,
+    "rotary_pct": cfg.rope_dim / cfg.head_dim,
     "rotary_emb_base": cfg.rope_theta_global,
     "rope_scaling": hf_config.linear(cfg.rope_factor_global),
     "layer_norm_eps": cfg.norm_eps,

@@ -240,7 +240,7 @@ def test_rotary_embeddings_equal_hugging_faces(preset):
     expected = rotate(theirs, q, positions, kind)
     got = layers.rope(jnp.asarray(q), ctx.cos[which], ctx.sin[which])
     assert relative(got, expected) < 1e-6
-    rest = slice(cfg.rotary_dim, None)
+    rest = slice(cfg.rope_dim, None)
     np.testing.assert_array_equal(got[..., rest], q[..., rest])
 
 

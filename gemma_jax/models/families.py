@@ -1,9 +1,9 @@
 """Which file knows which model.
 
 A family is a module with the tables `block(cfg)` and `top(cfg)`, `Block`,
-`norm`, `mlp`, `PRESETS`, the hub's names (`HUB`, `MODEL_TYPES`), Hugging
-Face's names of weights (`PREFIX`, `CANONICAL`, `HEAD`, `IGNORED`) and of
-modules (`ROOT`, `SITES`), `from_hf` and `to_hf`.
+`norm`, `PRESETS`, the hub's names (`HUB`, `MODEL_TYPES`), Hugging Face's
+names of weights (`PREFIX`, `CANONICAL`, `HEAD`, `IGNORED`) and of modules
+(`ROOT`, `SITES`), `from_hf` and `to_hf`.
 """
 
 from collections.abc import Mapping

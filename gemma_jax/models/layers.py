@@ -246,3 +246,38 @@ def self_attention(
   z = site("attn_z", z.reshape(*x.shape[:2], cfg.num_heads * cfg.head_dim))
   z = z.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
   return dense("btnh,nhd->btd", p, "o", z), new
+
+
+def pre_norm_block(
+  cfg: ModelConfig,
+  p,
+  x: jax.Array,
+  layer: Layer,
+  ctx: Context,
+  site: SiteFn,
+  *,
+  norm: Callable,
+  unit: Callable,
+):
+  """A block with norms before its branches and none after.
+
+  The MLP reads the stream after attention, or beside it, where the residual
+  is parallel.
+
+  Returns:
+    The residual stream [B, T, D] after the block, and `self_attention`'s keys
+    and values.
+  """
+  x = site("resid_pre", x)
+  with jax.named_scope("attention"):
+    normed = norm(cfg, p, "pre_attn_norm", x)
+    out, kv = self_attention(cfg, p, normed, layer, ctx, site)
+    out = site("attn_out", out)
+  if not cfg.parallel_residual:
+    x = site("resid_mid", x + out)
+  with jax.named_scope("mlp"):
+    read = mlp_input(cfg, p, x, site, unit)
+    branch = site("mlp_out", mlp(cfg, p, read, site))
+  if cfg.parallel_residual:
+    branch = out + branch
+  return site("resid_post", x + branch), kv

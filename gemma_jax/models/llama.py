@@ -62,11 +62,6 @@ SITES = {
 norm = layers.rms_norm
 
 
-def mlp(cfg: ModelConfig, p, x: jax.Array, site: SiteFn) -> jax.Array:
-  """Gated MLP, [B, T, D] `mlp_in` -> `mlp_out`."""
-  return site("mlp_out", layers.mlp(cfg, p, x, site))
-
-
 class Block(nn.Module):
   """Declares one layer's parameters and runs it: norms before, none after."""
 
@@ -76,17 +71,10 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, layer: Layer, ctx: Context, site: SiteFn):
     """The residual stream [B, T, D] after the block, and keys and values."""
-    cfg = self.cfg
-    p = layers.declare(self, block(cfg), cfg, self.dtype)
-    x = site("resid_pre", x)
-    with jax.named_scope("attention"):
-      normed = norm(cfg, p, "pre_attn_norm", x)
-      out, kv = layers.self_attention(cfg, p, normed, layer, ctx, site)
-      x = site("resid_mid", x + site("attn_out", out))
-    with jax.named_scope("mlp"):
-      read = layers.mlp_input(cfg, p, x, site, layers.rms_unit)
-      x = site("resid_post", x + mlp(cfg, p, read, site))
-    return x, kv
+    p = layers.declare(self, block(self.cfg), self.cfg, self.dtype)
+    return layers.pre_norm_block(
+      self.cfg, p, x, layer, ctx, site, norm=norm, unit=layers.rms_unit
+    )
 
 
 def _preset(

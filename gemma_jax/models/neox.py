@@ -73,11 +73,6 @@ SITES = {
 norm = layers.layer_norm
 
 
-def mlp(cfg: ModelConfig, p, x: jax.Array, site: SiteFn) -> jax.Array:
-  """The MLP, [B, T, D] `mlp_in` -> `mlp_out`."""
-  return site("mlp_out", layers.mlp(cfg, p, x, site))
-
-
 class Block(nn.Module):
   """Declares one layer's parameters and runs it: attention beside the MLP."""
 
@@ -87,23 +82,10 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, layer: Layer, ctx: Context, site: SiteFn):
     """The residual stream [B, T, D] after the block, and keys and values."""
-    cfg = self.cfg
-    p = layers.declare(self, block(cfg), cfg, self.dtype)
-    x = site("resid_pre", x)
-    with jax.named_scope("attention"):
-      normed = norm(cfg, p, "pre_attn_norm", x)
-      out, kv = layers.self_attention(cfg, p, normed, layer, ctx, site)
-      out = site("attn_out", out)
-    if cfg.parallel_residual:
-      read = x
-    else:
-      read = x = site("resid_mid", x + out)
-    with jax.named_scope("mlp"):
-      read = layers.mlp_input(cfg, p, read, site, layers.layer_unit)
-      branch = mlp(cfg, p, read, site)
-    if cfg.parallel_residual:
-      branch = out + branch
-    return site("resid_post", x + branch), kv
+    p = layers.declare(self, block(self.cfg), self.cfg, self.dtype)
+    return layers.pre_norm_block(
+      self.cfg, p, x, layer, ctx, site, norm=norm, unit=layers.layer_unit
+    )
 
 
 def _pythia(num_layers, width, num_heads, vocab_size=50_304, **changes):

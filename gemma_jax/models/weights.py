@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from gemma_jax.models import families, safetensors, sharding, tables
 from gemma_jax.models.config import ModelConfig
+from gemma_jax.models.forward import num_loaded
 
 
 def load(
@@ -93,7 +94,7 @@ def save(directory: str | os.PathLike, params, cfg: ModelConfig) -> None:
       there[key] = np.empty(tables.shape_there(row, cfg), x.dtype)
     tables.view(there[key], row, cfg)[...] = x
 
-  loaded = params["blocks"]["pre_attn_norm"].shape[0]
+  loaded = num_loaded(params)
   if loaded != cfg.num_layers:
     raise ValueError(
       f"{loaded} of {cfg.num_layers} layers are loaded; load all of them "

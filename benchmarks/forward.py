@@ -36,10 +36,9 @@ import numpy as np
 import torch
 from absl import app, flags
 
-from gemma_jax import models
+from gemma_jax import machine, models
 from gemma_jax.models import attention as attention_lib
 from gemma_jax.models import families, random, weights
-from launch import doctor
 
 CLAIMS = ("logits", "harvest")
 CLAIM = flags.DEFINE_multi_enum("claim", CLAIMS, CLAIMS, "What to compare.")
@@ -148,7 +147,8 @@ def on_cpu(claim):
     **lens,
   }
   gap = turns.largest_gap(runs, tokens)
-  machine, theirs = doctor.matmul_rate("float32"), torch_matmul_rate()
+  product = machine.matmul_rate("float32")
+  theirs = torch_matmul_rate()
   peers = turns.rates(runs, tokens, ROUNDS.value)
   ours = peers.pop("ours")
   whole = claim == "logits"
@@ -165,16 +165,16 @@ def on_cpu(claim):
     context=context,
     dtype="float32",
     gflops_per_second=ours * flops / 1e9,
-    matmul_gflops_per_second=machine / 1e9,
+    matmul_gflops_per_second=product / 1e9,
     torch_matmul_gflops_per_second=theirs / 1e9,
-    mfu=ours * flops / machine,
+    mfu=ours * flops / product,
     device=str(jax.devices()[0]),
     torch_threads=torch.get_num_threads(),
     omp_wait_policy=waiting,
     load=load,
   )
   notes = [
-    f"MFU {result['mfu']:.0%} of {machine / 1e9:.0f} GFLOP/s; torch's "
+    f"MFU {result['mfu']:.0%} of {product / 1e9:.0f} GFLOP/s; torch's "
     f"own matrix products reach {theirs / 1e9:.0f} GFLOP/s",
     f"{result['torch_threads']} torch threads, waiting {waiting}",
     f"load {load:.1f} on {os.cpu_count()} cores before the start",
@@ -286,7 +286,7 @@ def on_gpu(preset, claim):
     memory = 1e9 * MEMORY_GB.value
   if memory is None:
     raise SystemExit(f"{device} does not tell its memory: pass --memory_gb")
-  machine = doctor.matmul_rate("bfloat16")
+  product = machine.matmul_rate("bfloat16")
   init = jax.jit(random.init, static_argnums=(0, 2))
   params = init(cfg, jax.random.key(0), jnp.bfloat16)
   tried, values, failed = {}, {}, []
@@ -338,14 +338,14 @@ def on_gpu(preset, claim):
     tried=tried,
     failed=failed,
     gflops_per_second=flops / 1e9,
-    matmul_gflops_per_second=machine / 1e9,
-    mfu=flops / machine,
+    matmul_gflops_per_second=product / 1e9,
+    mfu=flops / product,
     mfu_data_sheet=flops / sheet if sheet else None,
     device=device.device_kind,
   )
   notes = [
-    f"ours is {attention}, batch {batch}; MFU {flops / machine:.0%} of the "
-    f"measured {machine / 1e12:.3g} TFLOP/s",
+    f"ours is {attention}, batch {batch}; MFU {flops / product:.0%} of the "
+    f"measured {product / 1e12:.3g} TFLOP/s",
     f"MFU {flops / sheet:.0%} of the data sheet's {sheet / 1e12:.0f} TFLOP/s"
     if sheet
     else f"no data sheet for {device.device_kind!r}",

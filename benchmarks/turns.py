@@ -127,6 +127,21 @@ def show(result: dict, *, as_json: bool, notes=()) -> None:
   print(end="", flush=True)
 
 
+def show_rates(result: dict, *, as_json: bool) -> None:
+  """Prints a result whose rates are small numbers."""
+  if as_json:
+    print(json.dumps(result), flush=True)
+    return
+  print(result["name"])
+  for name, rate in {"ours": result["ours"], **result["peers"]}.items():
+    print(f"  {name:34} {rate:10.3f} {result['unit']}")
+  print(
+    f"  ratio to the best peer {result['ratio']:.2f}; equal: {result['equal']}"
+    f"{'; ' if result['note'] else ''}{result['note']}",
+    flush=True,
+  )
+
+
 def first_line(error: Exception) -> str:
   """An exception's type and the first line of its message."""
   return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

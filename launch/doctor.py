@@ -7,19 +7,15 @@ import glob
 import importlib.metadata
 import json
 import os
-import pathlib
 import platform
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 from absl import logging as absl_logging
 
-from gemma_jax import cache
+from gemma_jax import cache, machine
 from launch import fit
 
 PACKAGES = [
@@ -36,105 +32,10 @@ PACKAGES = [
 ]
 
 
-def matmul_rate(
-  dtype="float32",
-  *,
-  size: int | None = None,
-  clock: Callable[[], float] = time.perf_counter,
-) -> float:
-  """Measured FLOP/s of a square matrix product on one device.
-
-  The precision is JAX's default, which models are run with: float32 on a GPU
-  may be TF32.
-
-  Args:
-    dtype: of both factors and the product.
-    size: rows of each; default 2048 on a CPU, 8192 elsewhere.
-    clock: gives seconds.
-
-  Returns:
-    2 size^3 over the best time of several.
-  """
-  size = size or (2048 if jax.default_backend() == "cpu" else 8192)
-  keys = jax.random.split(jax.random.key(0))
-  a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)
-  product = jax.jit(jnp.matmul)
-  return 2 * size**3 / _best(lambda: product(a, b), clock)
-
-
-def copy_bandwidth(
-  *,
-  size: int | None = None,
-  clock: Callable[[], float] = time.perf_counter,
-) -> float:
-  """Measured bytes/s of one device's memory, reading and writing together.
-
-  Args:
-    size: bytes; default 256 MiB on a CPU, 1 GiB elsewhere.
-    clock: gives seconds.
-
-  Returns:
-    Twice the size over the best time of adding one to an array in place.
-  """
-  size = size or (2**28 if jax.default_backend() == "cpu" else 2**30)
-  # In place: fresh pages would be timed otherwise, not the copy.
-  add = jax.jit(lambda x: x + 1, donate_argnums=0)
-  x = [jnp.zeros(size // 4, jnp.float32)]
-
-  def step():
-    x[0] = add(x[0])
-    return x[0]
-
-  return 2 * x[0].nbytes / _best(step, clock)
-
-
-def _best(work, clock, *, seconds: float = 0.4) -> float:
-  """Least seconds of a few runs, the one that compiles not counted."""
-  jax.block_until_ready(work())
-  times = []
-  while len(times) < 3 or sum(times) < seconds:
-    began = clock()
-    jax.block_until_ready(work())
-    times.append(clock() - began)
-  return min(times)
-
-
-def host_memory() -> tuple[int, int]:
-  """(total, available) bytes of the host, or of the container's limit."""
-  page = os.sysconf("SC_PAGE_SIZE")
-  total = available = page * os.sysconf("SC_PHYS_PAGES")
-  meminfo = pathlib.Path("/proc/meminfo")
-  if meminfo.exists():
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    available = int(lines["MemAvailable"].split()[0]) * 1024
-  limit = pathlib.Path("/sys/fs/cgroup/memory.max")
-  if limit.exists() and limit.read_text().strip().isdigit():
-    total = min(total, int(limit.read_text()))
-  return total, min(total, available)
-
-
 def _cores() -> int:
   """Those that this process may use; macOS does not tell, and has all."""
   known = hasattr(os, "sched_getaffinity")
   return len(os.sched_getaffinity(0)) if known else os.cpu_count()
-
-
-def device_memory() -> tuple[int, int]:
-  """(total, available) bytes that JAX may use on the smallest local device.
-
-  Devices that do not tell, such as CPUs, share the host's.
-  """
-  found = []
-  for device in jax.local_devices():
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-      limit = stats["bytes_limit"]
-      found.append((limit, limit - stats.get("bytes_in_use", 0)))
-  if found:
-    return min(found, key=lambda pair: pair[1])
-  total, available = host_memory()
-  count = jax.local_device_count()
-  return total // count, available // count
 
 
 def gpu() -> dict:
@@ -168,7 +69,7 @@ def _version(package: str) -> str | None:
 def examine() -> dict:
   """Everything that this program says, as one JSON object."""
   first = jax.devices()[0]
-  host, device = host_memory(), device_memory()
+  host, device = machine.host_memory(), machine.device_memory()
   there = cache.directory().absolute()
   while not there.exists():
     there = there.parent
@@ -190,8 +91,8 @@ def examine() -> dict:
     "gpu": gpu(),
     "versions": {"python": platform.python_version()}
     | {name: _version(name) or "not installed" for name in PACKAGES},
-    "matmul": {dtype: matmul_rate(dtype) for dtype in dtypes},
-    "copy": copy_bandwidth(),
+    "matmul": {dtype: machine.matmul_rate(dtype) for dtype in dtypes},
+    "copy": machine.copy_bandwidth(),
     "models": fit.which_models(device[1], jax.device_count()),
     "estimate": fit.ESTIMATE,
   }

@@ -16,6 +16,7 @@ ROOT = pathlib.Path(gemma_jax.__file__).parent.parent
 FLOORS = {
   "gemma_jax.cache": 0,
   "gemma_jax.checkpoints": 0,
+  "gemma_jax.machine": 0,
   "gemma_jax.progress": 0,
   "gemma_jax.models": 1,
   "gemma_jax.data": 1,

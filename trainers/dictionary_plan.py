@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from gemma_jax import dictionaries, models
+from gemma_jax.activations import normalise
 from gemma_jax.dictionaries.config import DictionaryConfig
 from gemma_jax.models import sites
 from trainers import fields, track
@@ -61,8 +62,8 @@ FIELDS = {
     "beta1": float,
     "beta2": float,
     "epsilon": float,
-    "normalise": str,  # "whiten" or "scale"
-    "whiten_epsilon": float,
+    "normalise": str,  # x, by one of gemma_jax.activations.normalise.KINDS
+    "whiten_epsilon": float,  # shrinkage of the kinds that whiten
     "init": str,  # "examples" or "random"
     "encoder_norm": float,
     "decoder_norm": float,
@@ -132,6 +133,11 @@ def prepare(
   if train["init"] not in ("examples", "random"):
     raise ValueError(
       f"train.init {train['init']!r}; expected 'examples' or 'random'."
+    )
+  if train["normalise"] not in normalise.KINDS:
+    raise ValueError(
+      f"train.normalise {train['normalise']!r}; expected one of "
+      f"{', '.join(normalise.KINDS)}."
     )
   for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
     if train[name] < 1:

@@ -56,11 +56,15 @@ def make(
     )
 
   def init_args():
-    norm = core.normalisation(
-      moments, train["normalise"], epsilon=train["whiten_epsilon"]
-    )
     batch = next(store.stream(rows, p.config["seed"] + 1))
     x, y = (np.asarray(batch[s], np.float32) for s in (cfg.read, cfg.write))
+    norm = core.normalisation(
+      moments,
+      train["normalise"],
+      epsilon=train["whiten_epsilon"],
+      # The moments hold no norms; so many rows tell their mean well enough.
+      mean_norm=float(np.linalg.norm(x, axis=1).mean()),
+    )
     first = np.zeros(rows, bool)
     first[np.unique(x, axis=0, return_index=True)[1]] = True
     key = jax.random.key(p.config["seed"])

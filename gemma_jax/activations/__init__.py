@@ -1,14 +1,22 @@
-"""Activations: harvest, store, stream."""
+"""Activations: harvest, store, statistics, normalisation, streams."""
 
-from gemma_jax.activations.harvest import harvest, is_complete, store_path
-from gemma_jax.activations.store import ActivationStore, Writer
+from gemma_jax.activations.capture import fitting_batch
+from gemma_jax.activations.harvest import harvest, store_path
+from gemma_jax.activations.normalise import Normalisation
+from gemma_jax.activations.statistics import Statistics, measure
+from gemma_jax.activations.store import ActivationStore, is_complete
 from gemma_jax.activations.stream import Stream
+from gemma_jax.activations.writer import Writer
 
 __all__ = [
   "ActivationStore",
+  "Normalisation",
+  "Statistics",
   "Stream",
   "Writer",
+  "fitting_batch",
   "harvest",
   "is_complete",
+  "measure",
   "store_path",
 ]

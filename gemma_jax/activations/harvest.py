@@ -1,31 +1,38 @@
 """From token windows to a store: the model's sites, in one pass."""
 
-import functools
 import hashlib
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from gemma_jax import cache, progress
+from gemma_jax import cache, data, machine, progress
+from gemma_jax.activations import capture as capturing
+from gemma_jax.activations import layout
+from gemma_jax.activations.statistics import Statistics
 from gemma_jax.activations.store import (
-  FORMAT,
-  MANIFEST,
   ActivationStore,
-  Writer,
+  is_complete,
+  load_statistics,
   read_manifest,
+  save_statistics,
+  write_statistics,
 )
-from gemma_jax.data import Windows
-from gemma_jax.data import fingerprint as fingerprint_windows
-from gemma_jax.models import Model, sharding, sites
-from gemma_jax.models.forward import forward
+from gemma_jax.activations.writer import Writer
+from gemma_jax.data import Windows, WindowStream
+from gemma_jax.models import Model, sites
 
 log = logging.getLogger("gemma_jax")
+
+__all__ = ["fingerprint_model", "harvest", "store_path"]
 
 
 def fingerprint_model(directory: str | os.PathLike) -> str:
@@ -48,7 +55,7 @@ def fingerprint_model(directory: str | os.PathLike) -> str:
 
 def store_path(
   model_directory: str | os.PathLike,
-  windows: Windows,
+  windows: Windows | WindowStream,
   capture: Sequence[str],
   *,
   dtype: str,
@@ -56,9 +63,9 @@ def store_path(
 ) -> pathlib.Path:
   """Where the cache keeps the activations that these inputs make."""
   made_by = {
-    "format": FORMAT,
+    "format": layout.FORMAT,
     "model": fingerprint_model(model_directory),
-    "windows": fingerprint_windows(windows),
+    "windows": _fingerprint(windows),
     "sites": list(capture),
     "dtype": dtype,
     "compute_dtype": compute_dtype,
@@ -70,158 +77,443 @@ def store_path(
   return cache.directory("activations", key)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _sites(cfg, params, tokens, capture, dtype):
-  depth = sites.last_layer(capture, cfg)
-  _, found = forward(cfg, params, tokens, capture=capture, stop_at=depth)
-  return {name: x.astype(dtype) for name, x in found.items()}
-
-
 def harvest(
-  model: Model,
-  windows: Windows,
+  model: Model | None,
+  windows: Windows | WindowStream,
   capture: Sequence[str],
-  path: str | os.PathLike,
+  where: str | os.PathLike,
   *,
-  batch_size: int,
+  batch_size: int | None = None,
   dtype: str = "bfloat16",
+  keep: float = 1.0,
+  keep_seed: int = 0,
+  statistics: bool = True,
+  covariance: bool = False,
+  append: bool = False,
 ) -> ActivationStore:
-  """Writes the sites of every unmasked position of `windows` to a store.
+  """Writes the sites of every counted position of `windows` to a store.
 
-  A complete store at `path` is opened and nothing is computed; an interrupted
-  one is gone on with, to the same bits. The model stops after the last site.
+  A complete store is opened and nothing is computed; an interrupted one is
+  gone on with, to the same bits, and a repaired one is filled. The model
+  stops after the last site. Text is tokenised, computed on and written at the
+  same time. Each process of several writes a part of its own.
 
   Args:
-    model: with at least the layers that the sites need.
-    windows: tokens [W, T] and which positions count.
+    model: with at least the layers that the sites need; None if the store is
+      known to be complete.
+    windows: what to run; a `WindowStream` is tokenised on the way.
     capture: names of single-layer sites.
-    path: of the store, see `store_path`.
-    batch_size: windows in one forward pass.
-    dtype: of the stored vectors, "bfloat16" or "float32".
+    where: a path or URL, see `store_path`.
+    batch_size: windows in a forward pass; None takes what fits, see
+      `capture.fitting_batch`, or what the interrupted store was made with.
+    dtype: of the stored vectors, "bfloat16", "float32" or "int8".
+    keep: share of the counted positions to store, chosen by a hash of their
+      number and `keep_seed`.
+    keep_seed: of that choice.
+    statistics: take them in the same pass; `ActivationStore.statistics`.
+    covariance: with covariance.
+    append: write behind what is there; a store by the same model and sites.
 
   Raises:
     FloatingPointError: the model gave NaN or Inf; names the document.
+    ValueError: the store was made by another model, site or text.
+    OSError: the disk is full, or the place refuses: nothing committed is lost.
   """
-  path = pathlib.Path(path)
-  if is_complete(path):
-    log.info("activations: using %s", path)
-    return ActivationStore.open(path)
   capture = tuple(capture)
-  ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-  if batch_size % ways:
-    raise ValueError(
-      f"batch_size={batch_size} windows do not divide over the {ways} devices "
-      "of the mesh's data and fsdp axes. Use a multiple."
-    )
-  width = _widths(model, capture)
-  total = int(windows.mask.sum())
-  metadata = {
-    "model": str(model.directory),
-    "family": model.config.family,
-    "windows": fingerprint_windows(windows),
-    "documents": len(windows.documents),
-    # Another batch size may give other bits, so it may not go on with these.
-    "batch_size": batch_size,
-    "context": int(windows.tokens.shape[1]),
-    "compute_dtype": str(model.params["embed"].dtype),
-  }
-  with Writer(
-    path, rows=total, sites=width, dtype=dtype, metadata=metadata
-  ) as writer:
-    row = sum(width.values()) * jnp.dtype(dtype).itemsize
-    left = (total - writer.committed) * row
-    cache.require_space(path, left, "The activations")
-    _write(model, windows, capture, writer, batch_size, dtype)
-  store = ActivationStore.open(path)
+  if is_complete(where) and (model is None or not append):
+    _same(where, windows, capture, dtype)
+    log.info("activations: using %s", where)
+    return ActivationStore.open(where)
+  if model is None:
+    raise ValueError(f"{where} is not complete: pass the model to harvest.")
+  if not 0 < keep <= 1:
+    raise ValueError(f"keep={keep}; expected a share above 0, at most 1.")
+  run = _Harvest(
+    model,
+    windows,
+    capture,
+    where,
+    batch_size,
+    dtype,
+    keep,
+    keep_seed,
+    statistics,
+    covariance,
+    append,
+  )
+  run.go()
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("harvest")
+  store = ActivationStore.open(where)
+  if jax.process_index() == 0:
+    write_statistics(store)
   log.info(
     "activations: %d tokens at %.0f tokens/s to %s",
-    total,
+    len(store),
     store.tokens_per_second,
-    path,
+    where,
   )
   return store
 
 
-def _write(model, windows, capture, writer, batch_size, dtype) -> None:
-  """Appends what `writer` has not committed yet."""
-  rows_before = np.concatenate([[0], np.cumsum(windows.mask.sum(1))])
-  # Batches keep their boundaries on resume, so that values keep their bits.
-  done = int(np.searchsorted(rows_before, writer.committed, "right")) - 1
-  first = done // batch_size * batch_size
-  surplus = writer.committed - int(rows_before[first])
-  total = int(rows_before[-1])
-  bar = progress.bar(total, "harvest", unit="tokens", initial=writer.committed)
-  ahead = None
-  for start in [*range(first, len(windows.tokens), batch_size), None]:
-    launched = (
-      None
-      if start is None
-      else _launch(model, windows, start, batch_size, capture, jnp.dtype(dtype))
+def _fingerprint(windows) -> str:
+  if isinstance(windows, Windows):
+    return data.fingerprint(windows)
+  return windows.fingerprint
+
+
+def _same(where, windows, capture, dtype) -> None:
+  """Refuses a complete store of other sites, dtype or text."""
+  _, manifest = read_manifest(where)
+  store = ActivationStore.open(where)
+  here = {
+    "sites": sorted(capture),
+    "dtype": dtype,
+    "windows": _fingerprint(windows),
+  }
+  there = {
+    "sites": sorted(manifest["sites"]),
+    "dtype": manifest["dtype"],
+    "windows": store.parts[0]["made_by"].get("windows"),
+  }
+  if here != there:
+    raise ValueError(
+      f"{where} was made by another harvest "
+      f"({layout.differences(here, there)}). Use another place, or append."
     )
-    # The device computes the batch just launched while this one is written.
-    if ahead is not None:
-      rows = _rows(windows, *ahead)
-      rows = {name: x[surplus:] for name, x in rows.items()}
-      surplus = 0
-      writer.append(rows)
-      bar.update(len(rows["token"]))
-    ahead = launched
-  bar.close()
 
 
-def is_complete(path: str | os.PathLike) -> bool:
-  """Whether a store is there with all its rows.
+class _Harvest:
+  """One process's share of a harvest."""
 
-  Raises:
-    ValueError: its manifest is damaged.
-  """
-  path = pathlib.Path(path)
-  if not (path / MANIFEST).exists():
-    return False
-  manifest = read_manifest(path)
-  return manifest["committed"] == manifest["rows"]
-
-
-def _widths(model, capture) -> dict[str, int]:
-  shape = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  found = jax.eval_shape(
-    lambda params, tokens: _sites(
-      model.config, params, tokens, capture, jnp.dtype("float32")
-    ),
-    model.params,
-    shape,
-  )
-  return {name: x.shape[-1] for name, x in found.items()}
-
-
-def _launch(model, windows, start, batch_size, capture, dtype):
-  tokens = windows.tokens[start : start + batch_size]
-  missing = batch_size - len(tokens)
-  tokens = np.pad(tokens, ((0, missing), (0, 0)))
-  with jax.set_mesh(model.mesh):
-    placed = sharding.put_batch(tokens, model.mesh)
-    found = _sites(model.config, model.params, placed, capture, dtype)
-  for x in found.values():
-    x.copy_to_host_async()
-  return start, found
-
-
-def _rows(windows, start, found) -> dict[str, np.ndarray]:
-  size = min(len(next(iter(found.values()))), len(windows.tokens) - start)
-  batch = slice(start, start + size)
-  mask = windows.mask[batch]
-  rows = {name: np.asarray(x)[:size][mask] for name, x in found.items()}
-  rows["token"] = windows.tokens[batch][mask]
-  rows["document"] = windows.document[batch][mask]
-  where = np.broadcast_to(np.arange(mask.shape[1], dtype=np.int32), mask.shape)
-  rows["position"] = where[mask]
-  for name in found:
-    bad = ~np.isfinite(rows[name].astype(np.float32)).all(-1)
-    if bad.any():
-      row = int(np.flatnonzero(bad)[0])
-      document = windows.documents[rows["document"][row]]
-      raise FloatingPointError(
-        f"{name} is not finite at position {rows['position'][row]} of "
-        f"{document}. Check the weights, or compute in float32."
+  def __init__(
+    self,
+    model,
+    windows,
+    capture,
+    where,
+    batch_size,
+    dtype,
+    keep,
+    keep_seed,
+    statistics,
+    covariance,
+    append,
+  ):
+    self.model, self.windows, self.capture = model, windows, capture
+    self.where, self.dtype = where, dtype
+    self.keep, self.keep_seed = keep, keep_seed
+    self.covariance, self.with_statistics = covariance, statistics
+    self.width = capturing.widths(model, capture)
+    stream = isinstance(windows, WindowStream)
+    fields = windows.fields if stream else {}
+    self.sources = windows.sources if stream else ("",)
+    self.context = fields["context"] if stream else int(windows.tokens.shape[1])
+    self.expected = (
+      fields.get("max_tokens") if stream else int(windows.num_tokens)
+    )
+    # int8 is made of what the model gave.
+    self.computed = jnp.dtype("float32" if dtype == "int8" else dtype)
+    ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+    if batch_size is None:
+      batch_size = self._batch_there() or capturing.fitting_batch(
+        model, capture, self.context, str(self.computed)
       )
-  return rows
+    if batch_size % ways:
+      raise ValueError(
+        f"batch_size={batch_size} windows do not divide over the {ways} "
+        "devices of the mesh's data and fsdp axes. Use a multiple."
+      )
+    self.batch = batch_size
+    self.metadata = {
+      "model": str(model.directory),
+      "model_fingerprint": fingerprint_model(model.directory),
+      "family": model.config.family,
+      "compute_dtype": str(model.params["embed"].dtype),
+      "backend": jax.default_backend(),
+    }
+    self.made_by = {
+      "windows": _fingerprint(windows),
+      "fields": fields,
+      # Another batch size may give other bits, so it may not go on with these.
+      "batch_size": batch_size,
+      "context": self.context,
+      "keep": [keep, keep_seed],
+      "covariance": covariance,
+    }
+    self.append = append
+    self.mine = capturing.own_windows(model, batch_size, self.context)
+    self.statistics = {
+      site: Statistics(
+        d,
+        positions=self.context,
+        sources=self.sources,
+        covariance=covariance,
+      )
+      for site, d in self.width.items()
+      if statistics
+    }
+    self.covered = 0  # rows that the statistics know
+
+  def _batch_there(self) -> int | None:
+    """The batch size of an interrupted store."""
+    try:
+      root, manifest = read_manifest(self.where)
+    except FileNotFoundError:
+      return None
+    found = {
+      part["made_by"]["batch_size"]
+      for part in layout.parts(root, manifest)
+      if part and part["made_by"].get("windows") == _fingerprint(self.windows)
+    }
+    return found.pop() if len(found) == 1 else None
+
+  def go(self) -> None:
+    """Computes and writes what is not there yet."""
+    with Writer(
+      self.where,
+      sites=self.width,
+      dtype=self.dtype,
+      metadata=self.metadata,
+      made_by=self.made_by,
+      sources=self.sources,
+      part=jax.process_index(),
+      parts=jax.process_count(),
+      append=self.append,
+      state=self._state if self.with_statistics else None,
+    ) as writer:
+      self._resume(writer)
+      self._check_space(writer)
+      self._loop(writer)
+      if isinstance(self.windows, WindowStream):
+        writer.report = self.windows.report()
+        log.info("text: %s", self.windows.describe().replace("\n", "; "))
+
+  def _state(self) -> bytes:
+    return save_statistics(self.statistics, covered=self.covered)
+
+  def _resume(self, writer: Writer) -> None:
+    saved = writer.saved if self.with_statistics else None
+    self.covered = writer.committed
+    if saved is not None:
+      found = load_statistics(saved, str(writer.location))
+      self.covered = found.pop("covered")
+      self.statistics = found
+    elif self.with_statistics:
+      self.covered = 0
+    # Of every process: all must run the same batches.
+    there = [self.covered, writer.committed, int(writer.complete)]
+    if jax.process_count() > 1:
+      if writer.holes:
+        raise ValueError(
+          f"{writer.location} has holes, which only one process can fill. "
+          "Delete the store and harvest again."
+        )
+      halves = np.asarray([divmod(n, 2**31) for n in there], np.int32)
+      halves = multihost_utils.process_allgather(halves).astype(np.int64)
+      self.everyone = halves[..., 0] * 2**31 + halves[..., 1]
+    else:
+      self.everyone = np.asarray([there])
+
+  def _check_space(self, writer: Writer) -> None:
+    if writer.location.path is None or self.expected is None:
+      return
+    item = {"bfloat16": 2, "float32": 4, "int8": 1}[self.dtype]
+    row = sum(self.width.values()) * item
+    left = self.expected * self.keep / jax.process_count() - writer.committed
+    cache.require_space(
+      writer.location.path, max(0.0, left) * row, "The activations"
+    )
+
+  def _loop(self, writer: Writer) -> None:
+    """Two batches are under way: one computed, one written."""
+    bar = _Bar(self, writer.committed)
+    waiting = None
+    whole = isinstance(self.windows, Windows)
+    blocks = iter([self.windows] if whole else self.windows)
+    try:
+      for job in self._jobs(writer, blocks):
+        launched = self._launch(job)
+        if waiting is not None:
+          bar.update(self._finish(writer, *waiting))
+        waiting = job, launched
+      if waiting is not None:
+        bar.update(self._finish(writer, *waiting))
+    finally:
+      bar.close()
+      if hasattr(blocks, "close"):
+        blocks.close()
+
+  def _jobs(self, writer, blocks) -> Iterator[dict[str, Any]]:
+    """Batches that some process lacks, with the kept positions."""
+    number = 0  # of the windows before
+    owners = self._owners()
+    rows = np.zeros(len(owners), np.int64)  # before this batch, by process
+    for windows in capturing.rebatch(blocks, self.batch):
+      valid = windows.mask & self._kept(number, windows.mask.shape)
+      number += len(valid)
+      counts = np.asarray(
+        [valid[own[own < len(valid)]].sum() for own in owners]
+      )
+      end = rows + counts
+      me = jax.process_index()
+      covered, committed, complete = self.everyone.T
+      lacking = (end > covered) | (~complete.astype(bool) & (end > committed))
+      lacking &= counts > 0
+      if len(owners) == 1:
+        lacking |= writer.needs(int(rows[0]), int(end[0]))
+      job = {
+        "windows": windows,
+        "valid": valid,
+        "row": int(rows[me]),
+        "count": int(counts[me]),
+      }
+      rows = end
+      known = windows.first_document + len(windows.documents)
+      if lacking.any() or known > writer.documents:
+        yield job
+
+  def _owners(self) -> list[np.ndarray]:
+    """Windows of a batch that each process writes."""
+    if jax.process_count() == 1:
+      return [self.mine]
+    mine = np.full(self.batch, -1, np.int32)
+    mine[: len(self.mine)] = self.mine
+    everyone = multihost_utils.process_allgather(mine)
+    return [row[row >= 0] for row in np.asarray(everyone)]
+
+  def _kept(self, first: int, shape) -> np.ndarray | bool:
+    """Which positions token subsampling keeps: a hash of their numbers."""
+    if self.keep == 1:
+      return np.True_
+    start = first * shape[1]
+    x = np.arange(start, start + shape[0] * shape[1], dtype=np.uint64)
+    x += np.uint64(self.keep_seed) * np.uint64(0xD1B54A32D192ED03)
+    # Steele et al. 2014, splitmix64.
+    with np.errstate(over="ignore"):
+      x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+      x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+      x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+      x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)).reshape(shape) < self.keep * 2.0**53
+
+  def _launch(self, job):
+    # The statistics are of this process's rows.
+    found, sums = capturing.launch(
+      self.model,
+      job["windows"],
+      job["valid"],
+      self.batch,
+      self.capture,
+      self.computed,
+      self.with_statistics and jax.process_count() == 1,
+      self.covariance,
+    )
+    for x in jax.tree.leaves((found, sums)):
+      x.copy_to_host_async()
+    return found, sums
+
+  def _finish(self, writer, job, launched) -> int:
+    """Writes a batch's rows and adds up its statistics."""
+    found, sums = launched
+    windows, valid = job["windows"], job["valid"]
+    own = self.mine[self.mine < len(valid)]
+    valid = valid[own]
+    rows = {
+      name: capturing.local_values(x, self.mine)[: len(own)][valid]
+      for name, x in found.items()
+    }
+    where = np.broadcast_to(
+      np.arange(self.context, dtype=np.int32), valid.shape
+    )
+    labels = {
+      "token": windows.tokens[own][valid],
+      "document": windows.document[own][valid],
+      "position": where[valid],
+      "source": np.repeat(windows.source[own], valid.sum(1)),
+      "begin": windows.begin[own][valid],
+      "end": windows.end[own][valid],
+    }
+    sums = self._own_sums(jax.device_get(sums), rows)
+    self._check_finite(rows, labels, windows, sums)
+    end = job["row"] + job["count"]
+    writer.append(
+      rows | labels,
+      first_row=job["row"],
+      documents=windows.documents,
+      first_document=windows.first_document,
+    )
+    if end > self.covered:
+      for site, part in sums.items():
+        self.statistics[site].update(
+          part,
+          first_row=job["row"],
+          **{
+            name: labels[name]
+            for name in ("position", "source", "document", "token")
+          },
+        )
+      self.covered = end
+    return job["count"]
+
+  def _own_sums(self, sums, rows):
+    """Sums over this process's windows only."""
+    if jax.process_count() == 1 or not self.with_statistics:
+      return sums
+    room = len(self.mine) * self.context  # one shape, one program
+    return {
+      site: capturing.sums_of(x, room, self.covariance)
+      for site, x in rows.items()
+    }
+
+  def _check_finite(self, rows, labels, windows, sums) -> None:
+    for name, x in rows.items():
+      if sums and not sums[name]["nan"] and not sums[name]["inf"]:
+        continue
+      bad = ~np.isfinite(x.astype(np.float32)).all(-1)
+      if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        number = int(labels["document"][row]) - windows.first_document
+        document = (
+          windows.documents[number]
+          if number >= 0
+          else f"document {labels['document'][row]}"
+        )
+        raise FloatingPointError(
+          f"{name} is not finite at position {labels['position'][row]} of "
+          f"{document}. Check the weights, or compute in float32."
+        )
+
+
+class _Bar:
+  """Progress with tokens/s, GB/s, the share of the machine's FLOP/s, time."""
+
+  def __init__(self, run: _Harvest, initial: int):
+    model = run.model
+    total = run.expected
+    if total is not None:
+      total = int(total * run.keep / jax.process_count())
+    self._bar = progress.bar(total, "harvest", unit="tokens", initial=initial)
+    depth = sites.last_layer(run.capture, model.config)
+    flops = model.config.flops_per_token(depth, run.context, unembed=False)
+    self._flops = flops / run.keep
+    self._row = sum(run.width.values()) * jnp.dtype(run.computed).itemsize
+    rate = machine.matmul_rate(str(model.params["embed"].dtype))
+    self._peak = rate * len(jax.local_devices())
+    self._began, self._done = None, 0
+
+  def update(self, count: int) -> None:
+    self._bar.update(count)
+    if self._began is None:  # the first batch was compiled, too
+      self._began = time.perf_counter()
+      return
+    self._done += count
+    rate = self._done / (time.perf_counter() - self._began)
+    self._bar.set_postfix_str(
+      f"{rate * self._row / 1e9:.3g} GB/s, MFU "
+      f"{rate * self._flops / self._peak:.0%}",
+      refresh=False,
+    )
+
+  def close(self) -> None:
+    self._bar.close()

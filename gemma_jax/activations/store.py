@@ -1,200 +1,282 @@
-"""Activations on disk: TensorStore zarr3 arrays and a manifest.
+"""Activations at rest: rows of vectors by site, and what stands beside them."""
 
-The manifest, replaced by an atomic rename after each complete shard, says how
-many rows are there; the length never comes from listing files.
-"""
-
-import fcntl
+import functools
+import io
 import json
 import os
-import pathlib
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 
+from gemma_jax.activations import layout, storage
+from gemma_jax.activations.layout import LABELS, MANIFEST, SCALE
+from gemma_jax.activations.statistics import Statistics
+from gemma_jax.activations.storage import Document, Location
 from gemma_jax.activations.stream import Stream
 
-MANIFEST = "manifest.json"
-FORMAT = 2
-CODECS = [{"name": "bytes"}, {"name": "crc32c"}]  # a checksum for each chunk
-FIELDS = {
-  "format",
-  "rows",
-  "committed",
-  "seconds",
-  "sites",
-  "dtype",
-  "metadata",
-}
-SHARD_ROWS = 16_384  # one file, written at once
-CHUNK_ROWS = 1_024  # the least that is read at once
-# What stands beside every vector, int32 [N] each.
-LABELS = ("token", "document", "position")
 
+class Damage(NamedTuple):
+  """Rows of an array that cannot be read.
 
-def _spec(directory: pathlib.Path, name: str) -> dict[str, Any]:
-  return {
-    "driver": "zarr3",
-    "kvstore": {"driver": "file", "path": f"{directory / name}/"},
-    # A file that is gone is an error and not zeros; so zeros are stored too.
-    "fill_missing_data_reads": False,
-    "store_data_equal_to_fill_value": True,
-  }
-
-
-def _create(directory, name, shape, dtype):
-  rest = list(shape[1:])
-  return ts.open(
-    _spec(directory, name),
-    create=True,
-    delete_existing=True,
-    dtype=dtype,
-    shape=shape,
-    chunk_layout=ts.ChunkLayout(
-      write_chunk_shape=[SHARD_ROWS, *rest],
-      read_chunk_shape=[CHUNK_ROWS, *rest],
-    ),
-    codec=ts.CodecSpec({"driver": "zarr3", "codecs": CODECS}),
-  )
-
-
-def _write_manifest(directory: pathlib.Path, manifest: Mapping) -> None:
-  partial = directory / f".{MANIFEST}.{os.getpid()}"
-  with partial.open("w") as f:
-    json.dump(manifest, f, indent=2)
-    f.flush()
-    os.fsync(f.fileno())
-  partial.rename(directory / MANIFEST)
-
-
-def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
-  """What a store says of itself, checked.
-
-  Raises:
-    FileNotFoundError: no store there.
-    ValueError: damaged, or of another format.
+  Attributes:
+    array: a site or a label.
+    start: first row, counted through the store.
+    stop: behind the last.
+    key: the file, below the store.
+    reason: what TensorStore says.
   """
-  path = directory / MANIFEST
-  if not path.exists():
-    raise FileNotFoundError(
-      f"{directory} is no activation store: it has no {MANIFEST}. Pass the "
-      "directory that a harvest wrote."
+
+  array: str
+  start: int
+  stop: int
+  key: str
+  reason: str
+
+  def __str__(self) -> str:
+    return (
+      f"{self.key}: {self.array}, rows {self.start} to {self.stop - 1}: "
+      f"{self.reason}"
     )
-  try:
-    manifest = json.loads(path.read_text())
-    if manifest["format"] != FORMAT:
-      raise ValueError(f"format {manifest['format']}, expected {FORMAT}")
-    missing = sorted(FIELDS - set(manifest))
-    if missing:
-      raise ValueError(f"it lacks {', '.join(missing)}")
-    return manifest
-  except (ValueError, KeyError, TypeError) as e:
-    raise ValueError(
-      f"{path} is damaged or of another version ({e}). Delete {directory} "
-      "and harvest again."
-    ) from e
 
 
-def _reason(error: ValueError) -> str:
-  """TensorStore's message without the specification that it appends."""
-  return str(error).split(" [tensorstore_spec=")[0]
+class _Part:
+  """A part's contents and where its rows and documents begin."""
+
+  def __init__(self, root, index, manifest, start, document, sources):
+    self.prefix = layout.part_name(index)
+    self.location = Location(f"{root}/{self.prefix}")
+    self.document = Document(self.location, "part.json")
+    value = self.document.value
+    if value is None:
+      raise ValueError(
+        f"{root} lacks part {index} of {manifest['parts']}: its harvest has "
+        "not begun. Run it; it goes on from what is there."
+      )
+    if not value["complete"] or value["holes"]:
+      what = (
+        f"has holes at rows {value['holes']}"
+        if value["holes"]
+        else (
+          f"holds the first {value['committed']} rows: its harvest was "
+          "interrupted"
+        )
+      )
+      raise ValueError(
+        f"{self.location} is incomplete: it {what}. Run the same harvest "
+        "again; it writes what is missing."
+      )
+    self.value = value
+    self.start, self.stop = start, start + value["committed"]
+    self.first_document = document
+    self.sources = value["sources"]
+    self.renumber = np.asarray(
+      [sources.index(name) for name in self.sources], np.int32
+    )
+    self.kinds = layout.arrays(manifest["sites"], manifest["dtype"])
+    self.arrays = {
+      name: ts.open(
+        self.location.array(name), context=storage.CONTEXT, open=True, read=True
+      )
+      for name in self.kinds
+    }
+
+  def check(self) -> None:
+    """Waits for the arrays; raises ValueError where one is not as it was."""
+    for name, future in self.arrays.items():
+      row, dtype, _ = self.kinds[name]
+      try:
+        array = future.result()
+      except ValueError as e:
+        raise ValueError(
+          f"{self.location}/{name} is missing or damaged "
+          f"({storage.reason(e)}). {_remedy(self.location)}"
+        ) from e
+      found = (
+        array.shape,
+        array.dtype.name,
+        array.chunk_layout.write_chunk.shape[0],
+      )
+      expected = (self.stop - self.start, *row), dtype, layout.SHARD_ROWS
+      if found != expected:
+        raise ValueError(
+          f"{self.location}/{name}: shape, dtype and rows of a shard are "
+          f"{found}, expected {expected}. {_remedy(self.location)}"
+        )
+      self.arrays[name] = array
+
+
+def _remedy(where) -> str:
+  root = str(where).split("/parts/")[0]
+  return (
+    f"`python -m launch.store repair {root}` takes out what is damaged; the "
+    "same harvest then writes it again."
+  )
 
 
 class ActivationStore:
   """Rows of activations, one array per site, N rows each.
 
-  Use `ActivationStore.open(path)`; `len(store)` is N.
+  Use `ActivationStore.open(where)`; `len(store)` is N.
   """
 
-  def __init__(self, directory, manifest, arrays):
+  def __init__(self, root: Location, manifest: dict[str, Any], parts):
+    self.root = root
     self._manifest = manifest
-    self._arrays = arrays
-    self.path = pathlib.Path(directory)
+    self._parts: list[_Part] = parts
+    self._stops = np.asarray([part.stop for part in parts])
 
   @classmethod
-  def open(cls, path: str | os.PathLike) -> "ActivationStore":
+  def open(cls, where: str | os.PathLike) -> "ActivationStore":
     """Opens a complete store for reading.
+
+    Args:
+      where: a path, or a URL (`gs://`, `s3://`, `memory://`).
 
     Raises:
       FileNotFoundError: no store there.
       ValueError: incomplete or damaged; says what to do.
+      OSError: the place cannot be reached.
     """
-    path = pathlib.Path(path)
-    manifest = read_manifest(path)
-    rows = manifest["rows"]
-    if manifest["committed"] != rows:
-      raise ValueError(
-        f"{path} holds {manifest['committed']} of {rows} rows: its harvest "
-        "was interrupted. Run the same harvest again; it goes on from there."
-      )
-    arrays = {}
-    for name in (*manifest["sites"], *LABELS):
-      try:
-        array = ts.open(_spec(path, name), read=True, open=True).result()
-      except ValueError as e:
-        raise ValueError(
-          f"{path}/{name} is missing or damaged ({_reason(e)}). Delete the "
-          "store and harvest again."
-        ) from e
-      if array.shape[0] != rows:
-        raise ValueError(
-          f"{path}/{name} has {array.shape[0]} rows and the manifest says "
-          f"{rows}. Delete the store and harvest again."
-        )
-      arrays[name] = array
-    return cls(path, manifest, arrays)
+    root, manifest = read_manifest(where)
+    names = [p or {"sources": []} for p in layout.parts(root, manifest)]
+    sources = sorted({s for part in names for s in part["sources"]})
+    parts, start, document = [], 0, 0
+    for index in range(manifest["parts"]):
+      part = _Part(root, index, manifest, start, document, sources)
+      start, document = part.stop, document + part.value["documents"]
+      parts.append(part)
+    for part in parts:
+      part.check()
+    store = cls(root, manifest, parts)
+    store.sources = tuple(sources)
+    return store
 
   def __len__(self) -> int:
-    return self._manifest["rows"]
+    return int(self._stops[-1])
+
+  @property
+  def path(self):
+    """Where it is: a path on a file system, else a URL."""
+    return self.root.path or self.root.url
 
   @property
   def metadata(self) -> dict[str, Any]:
-    """What made the store: model, text, sites, rates."""
+    """What is true of the whole store: model, sites, dtypes."""
     return self._manifest["metadata"]
 
   @property
-  def tokens_per_second(self) -> float:
-    """The rate at which it was harvested, interruptions left out."""
-    return len(self) / max(self._manifest["seconds"], 1e-9)
+  def parts(self) -> list[dict[str, Any]]:
+    """What made each part, and its rows: {"made_by", "start", "stop"}."""
+    return [
+      {"made_by": p.value["made_by"], "start": p.start, "stop": p.stop}
+      for p in self._parts
+    ]
 
   @property
   def sites(self) -> dict[str, int]:
     """Site -> width of its vectors."""
     return dict(self._manifest["sites"])
 
-  def read(self, start: int, stop: int, site: str) -> np.ndarray:
+  @property
+  def dtype(self) -> str:
+    """Of the vectors at rest; int8 is read as float32."""
+    return self._manifest["dtype"]
+
+  @property
+  def tokens_per_second(self) -> float:
+    """The rate at which it was harvested, interruptions left out."""
+    seconds = sum(part.value["seconds"] for part in self._parts)
+    return len(self) / max(seconds, 1e-9)
+
+  @functools.cached_property
+  def documents(self) -> list[tuple[str, str, str]]:
+    """(id, source, name) of each document, in the label's numbers."""
+    found = []
+    for part in self._parts:
+      for i in range(part.value["document_files"]):
+        key = layout.documents_key(i)
+        data = part.location.read(key)
+        if data is None:
+          raise OSError(f"{part.location}/{key} is missing. {self._help}")
+        try:
+          found += layout.unpack_documents(data)
+        except ValueError as e:
+          raise OSError(f"{part.location}/{key} holds {e}. {self._help}") from e
+    return found
+
+  @property
+  def _help(self) -> str:
+    return _remedy(self.root)
+
+  # ------------------------------------------------------------------ reading
+  def empty(self, n: int, name: str) -> np.ndarray:
+    """Memory for n rows of a site or a label.
+
+    Raises:
+      KeyError: no such site; lists those there.
+    """
+    if name in LABELS:
+      return np.empty(n, np.int32)
+    if name not in self.sites:
+      raise KeyError(
+        f"{self.root} has no site {name!r}; it has "
+        f"{', '.join(self.sites)} and {', '.join(LABELS)}."
+      )
+    dtype = "float32" if self.dtype == "int8" else self.dtype
+    return np.empty((n, self.sites[name]), ts.dtype(dtype).numpy_dtype)
+
+  def read(self, start: int, stop: int, name: str) -> np.ndarray:
     """Rows `start` to `stop` of a site (or of a label), [stop - start, D].
 
     Raises:
       KeyError: no such site; lists those there.
       IndexError: rows outside the store.
-      OSError: the data are missing or fail their checksum.
+      OSError: the data are missing or fail their checksum; names the chunk.
     """
     if not 0 <= start <= stop <= len(self):
       raise IndexError(f"Rows {start}:{stop} of a store of {len(self)} rows.")
-    return self.finish(self.read_async(start, stop, site), site)
+    out = self.empty(stop - start, name)
+    self.begin_read(start, out, name).finish()
+    return out
 
-  def finish(self, future: ts.Future, site: str) -> np.ndarray:
-    """Waits for a future of `read_async`; raises OSError as `read` does."""
-    try:
-      return future.result()
-    except ValueError as e:
-      raise OSError(
-        f"{self.path}: {site!r} cannot be read ({_reason(e)}). Delete the "
-        "store and harvest again."
-      ) from e
+  def begin_read(self, start: int, out: np.ndarray, name: str) -> "Reading":
+    """Begins to read rows from `start` into `out`; see `Reading.finish`."""
+    return Reading(self, start, out, name)
 
-  def read_async(self, start: int, stop: int, site: str) -> ts.Future:
-    """As `read`, but returns at once with a future for `finish`."""
-    if site not in self._arrays:
+  def rows(self, source: str) -> np.ndarray:
+    """Numbers of the rows of a stratum, int64 [n], ascending.
+
+    Raises:
+      KeyError: no such source; lists those there.
+    """
+    if source not in self.sources:
       raise KeyError(
-        f"{self.path} has no site {site!r}; it has "
-        f"{', '.join(self._manifest['sites'])} and {', '.join(LABELS)}."
+        f"{self.root} has no source {source!r}; it has "
+        f"{', '.join(self.sources)}."
       )
-    return self._arrays[site][start:stop].read()
+    labels = self.read(0, len(self), "source")
+    return np.flatnonzero(labels == self.sources.index(source))
+
+  def take(self, rows: np.ndarray, name: str) -> np.ndarray:
+    """Any rows of a site (or of a label), [n, D], in the order asked for.
+
+    Chunks are read whole: many rows of one chunk cost as much as one.
+
+    Raises:
+      KeyError, IndexError, OSError: as `read`.
+    """
+    rows = np.asarray(rows, np.int64)
+    if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+      raise IndexError(f"Rows outside a store of {len(self)} rows.")
+    out = self.empty(len(rows), name)
+    order = np.argsort(rows, kind="stable")
+    cuts = np.flatnonzero(np.diff(rows[order] // layout.CHUNK_ROWS)) + 1
+    for group in np.split(order, cuts) if len(rows) else ():
+      low, high = rows[group].min(), rows[group].max()
+      out[group] = self.read(int(low), int(high) + 1, name)[rows[group] - low]
+    return out
 
   def stream(
     self,
@@ -217,167 +299,212 @@ class ActivationStore:
       )
     )
 
+  # --------------------------------------------------------------- statistics
+  def statistics(self, site: str) -> Statistics | None:
+    """What the harvest measured, over all parts; None where it did not.
 
-class Writer:
-  """Writes a store from the first row to the last; resumes where it was cut.
+    Raises:
+      KeyError: no such site.
+      OSError: they are damaged.
+    """
+    self.empty(0, site)
+    total = None
+    for part in self._parts:
+      state = part.value["state"]
+      data = state and part.location.read(state)
+      if not data:
+        return None
+      found = load_statistics(data, f"{part.location}/{state}").get(site)
+      if found is None:
+        return None
+      found = found.moved(part.start, part.first_document, self.sources)
+      if total is None:
+        total = found
+      else:
+        total.merge(found)
+    return total
 
-  As a context manager it closes itself, and after an error only lets go of
-  the store, so that the next writer can go on.
+
+def write_statistics(store: ActivationStore) -> dict[str, Any]:
+  """Writes and returns `stats.json`: {site: summary}, outliers by name.
+
+  Sites that were harvested without statistics are left out.
+  """
+  found = {}
+  for site in store.sites:
+    if (statistics := store.statistics(site)) is not None:
+      found[site] = name_outliers(store, statistics.summary())
+  text = json.dumps(found, indent=1, allow_nan=False)
+  store.root.write("stats.json", text.encode())
+  return found
+
+
+def name_outliers(
+  store: ActivationStore, summary: dict[str, Any]
+) -> dict[str, Any]:
+  """Adds the document's id, source and name to every outlier."""
+  for rows in summary["outliers"].values():
+    for row in rows:
+      names = store.documents[row["document"]]
+      row |= dict(zip(("id", "source", "name"), names, strict=True))
+  return summary
+
+
+class Reading:
+  """Rows on their way from a store into memory.
 
   Args:
-    directory: the store; made if need be.
-    rows: N, known beforehand.
-    sites: site -> width.
-    dtype: of the activations, "bfloat16" or "float32".
-    metadata: JSON-able; an interrupted store with other metadata is refused.
-
-  Raises:
-    BlockingIOError: another process is writing this store.
-    ValueError: what is there was made by something else.
+    store: where from.
+    start: the first row.
+    out: where to, [n, ...], see `ActivationStore.empty`.
+    name: a site or a label.
   """
 
-  def __init__(
-    self,
-    directory: str | os.PathLike,
-    *,
-    rows: int,
-    sites: Mapping[str, int],
-    dtype: str,
-    metadata: Mapping[str, Any],
-  ):
-    self.directory = pathlib.Path(directory)
-    self.directory.mkdir(parents=True, exist_ok=True)
-    self._lock = (self.directory / ".lock").open("w")
-    try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      self._lock.close()
-      raise BlockingIOError(
-        f"Another process is writing {self.directory}. Wait for it, then run "
-        "again: its store will be used."
-      ) from e
-    new = {
-      "format": FORMAT,
-      "rows": rows,
-      "committed": 0,
-      "seconds": 0.0,
-      "sites": dict(sites),
-      "dtype": dtype,
-      "metadata": dict(metadata),
-    }
-    try:
-      self._open(json.loads(json.dumps(new)))
-    except BaseException:
-      self._lock.close()
-      raise
-    self._buffers: dict[str, list[np.ndarray]] = {n: [] for n in self._arrays}
-    self._buffered = 0
-    self._in_flight = 0
-    self._pending: list[ts.Future] = []
-    self._began = time.perf_counter() - self._manifest["seconds"]
-
-  def _open(self, new: dict[str, Any]) -> None:
-    rows, dtype, sites = new["rows"], new["dtype"], new["sites"]
-    kinds = {s: ((rows, d), dtype) for s, d in sites.items()}
-    kinds |= {label: ((rows,), "int32") for label in LABELS}
-    if (self.directory / MANIFEST).exists():
-      self._manifest = read_manifest(self.directory)
-      if self._manifest | {"committed": 0, "seconds": 0.0} != new:
-        raise ValueError(
-          f"{self.directory} was made by another harvest. Delete it, or use "
-          "another cache."
+  def __init__(self, store: ActivationStore, start: int, out, name: str):
+    self._what = store, start, name
+    self._out = out
+    self._futures, self._after = [], []
+    stop = start + len(out)
+    scaled = store.dtype == "int8" and name not in LABELS
+    first = int(np.searchsorted(store._stops, start, "right"))
+    for part in store._parts[first:]:
+      a, b = max(start, part.start), min(stop, part.stop)
+      if a >= b:
+        break
+      into = out[a - start : b - start]
+      rows = slice(a - part.start, b - part.start)
+      if scaled:
+        q = np.empty(into.shape, np.int8)
+        scale = np.empty(len(into), np.float32)
+        self._send(part.arrays[name][rows], q)
+        self._send(part.arrays[f"{name}{SCALE}"][rows], scale)
+        self._after.append(
+          lambda q=q, s=scale, o=into: np.multiply(q, s[:, None], out=o)
         )
-      opened = {
-        name: ts.open(_spec(self.directory, name), open=True) for name in kinds
-      }
+      else:
+        self._send(part.arrays[name][rows], into)
+      if name == "document" and part.first_document:
+        self._after.append(lambda o=into, p=part: o.__iadd__(p.first_document))
+      if name == "source":
+        self._after.append(
+          lambda o=into, p=part: o.put(np.arange(len(o)), p.renumber[o])
+        )
+
+  def _send(self, source, into) -> None:
+    # Straight into the caller's memory: no other copy is made.
+    self._futures.append(ts.array(into).write(source[ts.d[0].translate_to[0]]))
+
+  def finish(self) -> np.ndarray:
+    """Waits, and returns the rows.
+
+    Raises:
+      OSError: the data are missing or fail their checksum; names the chunk.
+    """
+    failed = None
+    for future in self._futures:
+      failed = failed or future.exception()
+    if failed is not None:
+      store, start, name = self._what
+      found = list(damages(store, name, start, start + len(self._out)))
+      where = "; ".join(map(str, found[:3])) or storage.reason(failed)
+      raise OSError(
+        f"{store.root} cannot be read: {where}. {store._help}"
+      ) from failed
+    for step in self._after:
+      step()
+    return self._out
+
+
+def damages(
+  store: ActivationStore, name: str, start: int, stop: int
+) -> Iterator[Damage]:
+  """The chunks among these rows of a site or label that cannot be read."""
+  names = [name]
+  if store.dtype == "int8" and name not in LABELS:
+    names.append(f"{name}{SCALE}")
+  for part in store._parts:
+    low, high = max(start, part.start), min(stop, part.stop)
+    for array in names:
+      row = part.kinds[array][0]
+      at = low
+      while at < high:
+        # Chunks count from the beginning of the part.
+        chunk = (at - part.start) // layout.CHUNK_ROWS
+        a = part.start + chunk * layout.CHUNK_ROWS
+        b = min(a + layout.CHUNK_ROWS, part.stop)
+        rows = slice(a - part.start, b - part.start)
+        error = part.arrays[array][rows].read().exception()
+        if error is not None:
+          shard = (a - part.start) // layout.SHARD_ROWS
+          key = part.prefix + layout.shard_key(array, shard, row)
+          yield Damage(array, a, b, key, storage.reason(error))
+        at = b
+
+
+def read_manifest(
+  where: str | os.PathLike,
+) -> tuple[Location, dict[str, Any]]:
+  """A store's place and what it says of itself, checked.
+
+  Raises:
+    FileNotFoundError: no store there.
+    ValueError: damaged, or of another format.
+  """
+  root = Location(where)
+  manifest = Document(root, MANIFEST).value
+  if manifest is None:
+    raise FileNotFoundError(
+      f"{root} is no activation store: it has no {MANIFEST}. Pass what a "
+      "harvest wrote."
+    )
+  layout.check_format(root, manifest)
+  return root, manifest
+
+
+def is_complete(where: str | os.PathLike) -> bool:
+  """Whether a store is there with all its rows.
+
+  Raises:
+    ValueError: its manifest is damaged.
+  """
+  try:
+    root, manifest = read_manifest(where)
+  except FileNotFoundError:
+    return False
+  return all(
+    part and part["complete"] and not part["holes"]
+    for part in layout.parts(root, manifest)
+  )
+
+
+def save_statistics(found: dict[str, Statistics], **more: int) -> bytes:
+  """Statistics of each site, and numbers, as bytes."""
+  out = io.BytesIO()
+  arrays = {
+    f"{site}|{name}": x
+    for site, statistics in found.items()
+    for name, x in statistics.state().items()
+  }
+  np.savez(out, **arrays, **{n: np.asarray(x) for n, x in more.items()})
+  return out.getvalue()
+
+
+def load_statistics(data: bytes, where: str) -> dict[str, Any]:
+  """What `save_statistics` saved: sites' statistics, and the numbers.
+
+  Raises:
+    OSError: damaged.
+  """
+  try:
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+      arrays = {name: file[name] for name in file.files}
+  except Exception as e:
+    raise OSError(f"{where} holds statistics that are damaged ({e}).") from e
+  out, states = {}, {}
+  for name, x in arrays.items():
+    site, separator, key = name.rpartition("|")
+    if separator:
+      states.setdefault(site, {})[key] = x
     else:
-      self._manifest = new
-      opened = {
-        name: _create(self.directory, name, shape, kind)
-        for name, (shape, kind) in kinds.items()
-      }
-    self._arrays = {name: future.result() for name, future in opened.items()}
-    if not (self.directory / MANIFEST).exists():
-      _write_manifest(self.directory, new)
-
-  def __enter__(self) -> "Writer":
-    return self
-
-  def __exit__(self, kind, error, traceback) -> None:
-    if kind is None:
-      self.close()
-      return
-    for future in self._pending:
-      future.exception()  # waits, so that nobody else writes meanwhile
-    self._lock.close()
-
-  @property
-  def committed(self) -> int:
-    """Rows that are safely there."""
-    return self._manifest["committed"]
-
-  def append(self, arrays: Mapping[str, np.ndarray]) -> None:
-    """Adds rows: every site [n, D] and every label [n].
-
-    Raises:
-      ValueError: arrays missing or unknown, or of different lengths, or more
-        rows than were announced.
-    """
-    lengths = {name: len(x) for name, x in arrays.items()}
-    if set(lengths) != set(self._buffers) or len({*lengths.values()}) != 1:
-      raise ValueError(
-        f"Expected rows of {', '.join(self._buffers)}, equally many of each; "
-        f"got {lengths}."
-      )
-    new = lengths[LABELS[0]]
-    there = self.committed + self._in_flight + self._buffered
-    if there + new > self._manifest["rows"]:
-      raise ValueError(
-        f"{self.directory}: {there + new} rows arrived of "
-        f"{self._manifest['rows']} that were announced."
-      )
-    for name, x in arrays.items():
-      self._buffers[name].append(x)
-    self._buffered += new
-    while self._buffered >= SHARD_ROWS:
-      self._flush(SHARD_ROWS)
-
-  def close(self) -> None:
-    """Writes what is left and releases the store.
-
-    Raises:
-      ValueError: fewer rows arrived than were announced.
-    """
-    with self._lock:
-      if self._buffered:
-        self._flush(self._buffered)
-      self._settle()
-    if self.committed != self._manifest["rows"]:
-      raise ValueError(
-        f"{self.directory}: {self.committed} rows arrived of "
-        f"{self._manifest['rows']} that were announced."
-      )
-
-  def _flush(self, rows: int) -> None:
-    # At most one shard in flight: the next is gathered while it is written.
-    self._settle()
-    start = self.committed
-    for name, parts in self._buffers.items():
-      whole = np.concatenate(parts)
-      self._pending.append(
-        self._arrays[name][start : start + rows].write(whole[:rows])
-      )
-      self._buffers[name] = [whole[rows:]]
-    self._buffered -= rows
-    self._in_flight = rows
-
-  def _settle(self) -> None:
-    if not self._pending:
-      return
-    for future in self._pending:
-      future.result()
-    self._pending = []
-    self._manifest["committed"] += self._in_flight
-    self._in_flight = 0
-    self._manifest["seconds"] = time.perf_counter() - self._began
-    _write_manifest(self.directory, self._manifest)
+      out[name] = int(x)
+  return out | {s: Statistics.from_state(x) for s, x in states.items()}

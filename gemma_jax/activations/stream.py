@@ -1,166 +1,223 @@
 """Shuffled batches whose whole state is one number."""
 
-import queue
-import threading
+import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
+
+from gemma_jax.activations.layout import CHUNK_ROWS
+from gemma_jax.data.ahead import ahead
 
 if TYPE_CHECKING:
   from gemma_jax.activations.store import ActivationStore
 
-CHUNK_ROWS = 1_024
+AHEAD = 2  # batches made before they are asked for
+# Copies of rows do not care what the bytes mean, and NumPy knows these well.
+_BYTES = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class Stream:
-  """Endless batches of a store's rows in an order that the seed decides.
+  """Endless batches of stores' rows in an order that the seed decides.
 
-  Each epoch deals the store's chunks, shuffled, into buffers of
-  `buffer_rows` rows and shuffles the rows of each buffer. Batch b is a pure
-  function of (store, seed, b), so `start=b` resumes exactly. A store that
-  fits one buffer is read once and shuffled perfectly. The last rows of an
-  epoch that fill no batch are left out, others each time.
+  Each epoch of a store deals its chunks, shuffled, into blocks of
+  `buffer_rows` rows and shuffles the rows of each block; every row comes once
+  per epoch, and epochs follow one another without a gap. Batch b is a pure
+  function of (stores, seed, b), so `start=b` resumes exactly. A store that
+  fits one block is read once and shuffled perfectly.
+
+  Of several stores, every batch holds the share of each that its weight says,
+  in an order shuffled within the batch.
 
   Args:
-    store: where to read.
-    batch_size: rows in a batch.
+    stores: where to read: one, or several with the same sites.
+    batch_size: B, rows in a batch.
     seed: of the order.
-    sites: which to read; None means all.
+    weights: share of each store; by default in proportion to their rows.
+    sites: which to read, labels too; None means all sites.
     start: number of the first batch to yield.
-    buffer_rows: rows held in memory; twice as many while the next is read.
+    buffer_rows: rows of a block, held in memory for each store; twice as many
+      while the next block is read.
+    sharding: where batches are put, `jax.sharding.NamedSharding` of the rows;
+      None leaves them in NumPy.
 
   Raises:
-    ValueError: a batch of no rows, or a store shorter than one batch.
+    ValueError: a batch of no rows, a store shorter than one batch, or weights
+      that leave a store less than a row of every batch.
+    KeyError: a site that a store lacks.
   """
 
   def __init__(
     self,
-    store: "ActivationStore",
+    stores: "ActivationStore | Sequence[ActivationStore]",
     batch_size: int,
     seed: int,
     *,
+    weights: Sequence[float] | None = None,
     sites: Sequence[str] | None = None,
     start: int = 0,
     buffer_rows: int = 2**18,
+    sharding: Any = None,
   ):
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    if len(store) < batch_size:
+    stores = list(stores) if isinstance(stores, Sequence) else [stores]
+    sites = tuple(stores[0].sites if sites is None else sites)
+    for store in stores:
+      for site in sites:
+        store.empty(0, site)
+      if len(store) < batch_size:
+        raise ValueError(
+          f"{store.path} has {len(store)} rows, fewer than one batch of "
+          f"{batch_size}. Harvest more tokens or make the batch smaller."
+        )
+    if weights is None:
+      weights = [len(store) for store in stores]
+    if len(weights) != len(stores) or not all(
+      math.isfinite(w) and w * batch_size >= sum(weights) for w in weights
+    ):
       raise ValueError(
-        f"{store.path} has {len(store)} rows, fewer than one batch of "
-        f"{batch_size}. Harvest more tokens or make the batch smaller."
+        f"weights={list(weights)} of {len(stores)} stores: expected one each, "
+        f"of at least one row in a batch of {batch_size}."
       )
-    self._store = store
-    self._batch = batch_size
-    self._seed = seed
-    self._sites = tuple(store.sites if sites is None else sites)
-    self._start = start
-    self._chunks = max(1, buffer_rows // CHUNK_ROWS)
-    self.batches_per_epoch = len(store) // batch_size
+    self._stores, self._sites = stores, sites
+    self._batch, self._seed, self._start = batch_size, seed, start
+    self._edges = np.cumsum(weights)[:-1] / sum(weights)
+    self._buffer_rows, self._sharding = buffer_rows, sharding
+    self.batches_per_epoch = len(stores[0]) / batch_size
 
-  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-    ready: queue.Queue = queue.Queue(maxsize=2)
-    stop = threading.Event()
+  def __iter__(self) -> Iterator[dict[str, Any]]:
+    return ahead(self._batches, AHEAD)
 
-    def offer(item) -> bool:
-      while not stop.is_set():
-        try:
-          ready.put(item, timeout=0.1)
-          return True
-        except queue.Full:
-          continue
-      return False
+  def _cursors(self, batch: int) -> np.ndarray:
+    """Rows of each store that came before a batch, int64 [stores + 1]."""
+    before = np.floor(self._edges * (batch * self._batch)).astype(np.int64)
+    return np.diff(np.concatenate([[0], before, [batch * self._batch]]))
 
-    def work():
-      try:
-        for batch in self._batches():
-          if not offer(batch):
-            return
-      except BaseException as e:
-        offer(e)
-
-    thread = threading.Thread(target=work, daemon=True, name="activations")
-    thread.start()
-    try:
-      while True:
-        item = ready.get()
-        if isinstance(item, BaseException):
-          raise item
-        yield item
-    finally:
-      stop.set()
-      thread.join()
-
-  def _batches(self) -> Iterator[dict[str, np.ndarray]]:
-    epoch, first = divmod(self._start, self.batches_per_epoch)
+  def _batches(self) -> Iterator[dict[str, Any]]:
+    cursors = self._cursors(self._start)
+    readers = [
+      _Reader(store, self._sites, (self._seed, i), int(at), self._buffer_rows)
+      for i, (store, at) in enumerate(zip(self._stores, cursors, strict=True))
+    ]
+    number = self._start
     while True:
-      yield from self._epoch(epoch, first * self._batch)
-      epoch, first = epoch + 1, 0
-
-  def _epoch(self, epoch: int, skip: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of one epoch after its first `skip` rows."""
-    buffers = self._deal(epoch)
-    sizes = [sum(stop - start for start, stop in chunks) for chunks in buffers]
-    index = 0
-    while skip >= sizes[index]:
-      skip -= sizes[index]
-      index += 1
-    upcoming = self._read(buffers[index])
-    left = {site: [] for site in self._sites}
-    held = 0
-    while index < len(buffers):
-      data = {
-        site: [self._store.finish(future, site) for future in futures]
-        for site, futures in upcoming.items()
-      }
-      if index + 1 < len(buffers):
-        upcoming = self._read(buffers[index + 1])
-      data = {
-        site: parts[0] if len(parts) == 1 else np.concatenate(parts)
-        for site, parts in data.items()
-      }
-      rng = np.random.default_rng((self._seed, epoch, 1, index))
-      order = rng.permutation(sizes[index])[skip:]
-      skip = 0
+      after = self._cursors(number + 1)
+      batch = {s: self._stores[0].empty(self._batch, s) for s in self._sites}
       at = 0
-      while held + len(order) - at >= self._batch:
-        take = order[at : at + self._batch - held]
-        at += len(take)
-        yield {
-          site: np.concatenate([*left[site], data[site][take]])
-          for site in self._sites
-        }
-        left, held = {site: [] for site in self._sites}, 0
-      for site in self._sites:
-        left[site].append(data[site][order[at:]])
-      held += len(order) - at
-      index += 1
+      for reader, count in zip(readers, after - cursors, strict=True):
+        reader.fill({s: x[at : at + count] for s, x in batch.items()})
+        at += count
+      if len(readers) > 1:
+        rng = np.random.default_rng((self._seed, 2, number))
+        order = rng.permutation(self._batch)
+        batch = {site: x[order] for site, x in batch.items()}
+      yield self._put(batch)
+      cursors, number = after, number + 1
 
-  def _deal(self, epoch: int) -> list[list[tuple[int, int]]]:
-    """The epoch's buffers, each a list of row ranges."""
-    rows = len(self._store)
-    chunks = [
-      (start, min(start + CHUNK_ROWS, rows))
-      for start in range(0, rows, CHUNK_ROWS)
-    ]
-    if len(chunks) > self._chunks:
-      order = np.random.default_rng((self._seed, epoch, 0))
-      chunks = [chunks[i] for i in order.permutation(len(chunks))]
-    return [
-      chunks[i : i + self._chunks] for i in range(0, len(chunks), self._chunks)
-    ]
-
-  def _read(self, chunks):
-    """Futures of a buffer's rows; a lone buffer is read only once."""
-    if len(self._store) <= self._chunks * CHUNK_ROWS:
-      if not hasattr(self, "_whole"):
-        self._whole = {
-          site: [self._store.read_async(0, len(self._store), site)]
-          for site in self._sites
-        }
-      return self._whole
+  def _put(self, batch):
+    if self._sharding is None:
+      return batch
+    # Not device_put, which wants all devices to be of this process.
     return {
-      site: [self._store.read_async(a, b, site) for a, b in chunks]
-      for site in self._sites
+      site: jax.make_array_from_callback(
+        x.shape, self._sharding, lambda index, x=x: x[index]
+      )
+      for site, x in batch.items()
     }
+
+
+class _Reader:
+  """The rows of one store in their order, from a row number on."""
+
+  def __init__(self, store, sites, seed, cursor, buffer_rows):
+    self._store, self._sites, self._seed = store, sites, seed
+    self._chunks = max(1, buffer_rows // CHUNK_ROWS)
+    cuts = [
+      np.arange(part["start"], part["stop"], CHUNK_ROWS) for part in store.parts
+    ]
+    self._starts = np.concatenate(cuts)
+    ends = [part["stop"] for part in store.parts]
+    self._stops = np.concatenate(
+      [np.append(c[1:], e)[: len(c)] for c, e in zip(cuts, ends, strict=True)]
+    )
+    self._sizes = self._stops - self._starts
+    self._whole = len(self._starts) <= self._chunks
+    self._spare: list[dict[str, np.ndarray]] = []
+    self._walk = self._blocks(cursor)
+    self._next = self._begin()
+    self._data = None
+    self._order = np.empty(0, np.int64)
+
+  def _blocks(self, cursor: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(chunks, order of their rows) of block after block from a row on."""
+    epoch, skip = divmod(cursor, len(self._store))
+    while True:
+      chunks = np.arange(len(self._starts))
+      if not self._whole:
+        rng = np.random.default_rng((*self._seed, epoch, 0))
+        chunks = rng.permutation(chunks)
+      for first in range(0, len(chunks), self._chunks):
+        block = chunks[first : first + self._chunks]
+        size = int(self._sizes[block].sum())
+        if skip >= size:
+          skip -= size
+          continue
+        rng = np.random.default_rng((*self._seed, epoch, 1, first))
+        yield block, rng.permutation(size)[skip:]
+        skip = 0
+      epoch += 1
+
+  def _begin(self):
+    """Begins to read the next block; a lone block is read only once."""
+    block, order = next(self._walk)
+    if self._whole and self._spare:
+      return self._spare[0], [], order
+    size = int(np.sort(self._sizes)[::-1][: self._chunks].sum())
+    memory = (
+      self._spare.pop()
+      if self._spare
+      else {s: self._store.empty(size, s) for s in self._sites}
+    )
+    readings, at = [], 0
+    for chunk in block:
+      rows = int(self._sizes[chunk])
+      for site, x in memory.items():
+        readings.append(
+          self._store.begin_read(
+            int(self._starts[chunk]), x[at : at + rows], site
+          )
+        )
+      at += rows
+    return memory, readings, order
+
+  def fill(self, batch: dict[str, np.ndarray]) -> None:
+    """Puts the next rows there."""
+    size = len(next(iter(batch.values())))
+    at = 0
+    while at < size:
+      if not len(self._order):
+        self._advance()
+      take = self._order[: size - at]
+      self._order = self._order[len(take) :]
+      for site, x in batch.items():
+        _gather(self._data[site], take, x[at : at + len(take)])
+      at += len(take)
+
+  def _advance(self) -> None:
+    """Goes to the next block, and begins to read the one after it."""
+    if self._data is not None and not self._whole:
+      self._spare.append(self._data)
+    self._data, readings, self._order = self._next
+    for reading in readings:
+      reading.finish()
+    if self._whole:
+      self._spare = [self._data]
+    self._next = self._begin()
+
+
+def _gather(source: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+  kind = _BYTES[source.dtype.itemsize]
+  # "clip" lets NumPy write to `out` without a copy in between.
+  np.take(source.view(kind), rows, axis=0, out=out.view(kind), mode="clip")

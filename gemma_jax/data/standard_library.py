@@ -1,16 +1,22 @@
 """The text that every Python carries with it, taken apart into strata.
 
-`corpus.builtin` makes documents of what stands here. Sources are parsed, not
-imported: importing the whole library opens windows and browsers.
+Sources are parsed, not imported: importing the whole library opens windows
+and browsers.
 """
 
 import ast
+import dataclasses
 import pathlib
 import sys
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from gemma_jax.data.document import Document
+
+# A passage this long that stands in two groups is a copy, not a coincidence.
+_PASSAGE_LINES = 8
 
 # Not prose and not program: test data, another application, other people's
 # packages, and tables that a script wrote. A model learns nothing about
@@ -38,6 +44,66 @@ _NO_LIBRARY = (
 )
 
 _FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def documents() -> list[Document]:
+  """The text that every Python installation carries: no download.
+
+  Three strata: "reference" (the language reference, one document per topic of
+  `help()`), "docstrings" (one document per standard-library module: its
+  docstrings under their qualified names) and "code" (the module's source
+  without its docstrings). Nothing is imported but the topics. A module's
+  docstrings and its code share a group, the top-level package, and no passage
+  of eight lines stands in two groups: the later copy is cut out.
+
+  Returns:
+    Documents in a fixed order; the same for the same Python version.
+  """
+  # Chapters of the reference repeat their sections, which are topics too. The
+  # short ones come first, so that the sections stay whole and the chapters are
+  # thinned: more documents, and a finer split.
+  found = [
+    Document(text, "reference", topic, f"reference/{topic}")
+    for topic, text in reference()
+  ]
+  library = list(modules())
+  for index, stratum in ((1, "docstrings"), (2, "code")):
+    for module in library:
+      name = module[0]
+      # _pydecimal and decimal, _py_abc and abc: one thing written twice.
+      package = name.split(".")[0].removeprefix("_py").lstrip("_")
+      group = f"library/{package}"
+      found.append(Document(module[index], stratum, name, group))
+  return _cut_repeats(found)
+
+
+def _cut_repeats(documents: Sequence[Document]) -> list[Document]:
+  """Cuts passages that already stood in a document of another group.
+
+  Without this the split leaks: licences, vendored copies, and the chapters of
+  the reference that repeat whole topics. Lines are compared without their
+  indentation, blank lines are skipped.
+  """
+  numbers: dict[str, int] = {}
+  owner: dict[tuple[int, ...], str] = {}
+  kept = []
+  for document in documents:
+    lines = document.text.split("\n")
+    solid = [i for i, line in enumerate(lines) if line.strip()]
+    keys = [numbers.setdefault(lines[i].strip(), len(numbers)) for i in solid]
+    repeated: set[int] = set()
+    for start in range(len(keys) - _PASSAGE_LINES + 1):
+      stop = start + _PASSAGE_LINES
+      passage = tuple(keys[start:stop])
+      if owner.setdefault(passage, document.group) != document.group:
+        repeated.update(range(solid[start], solid[stop - 1] + 1))
+    if repeated:
+      rest = (line for i, line in enumerate(lines) if i not in repeated)
+      text = "\n".join(rest).strip("\n")
+      document = dataclasses.replace(document, text=text)
+    if document.text.strip():
+      kept.append(document)
+  return kept
 
 
 def reference() -> Iterator[tuple[str, str]]:

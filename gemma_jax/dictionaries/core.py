@@ -1,7 +1,8 @@
 """One functional core for SAEs and transcoders: init, encode, decode, loss.
 
-Training happens in normalised coordinates: x is whitened and y scaled to unit
-variance (`Normalisation`), so that one learning rate suits every site.
+Training happens in normalised coordinates: x is whitened, or what else was
+asked for, and y scaled to unit variance (`Normalisation`), so that one
+learning rate suits every site.
 `fold` brings a trained dictionary back to raw activations.
 """
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax.activations.normalise import Measured, matrices
 from gemma_jax.dictionaries.config import DictionaryConfig
 from gemma_jax.dictionaries.linear import Moments, Ridge
 from gemma_jax.dictionaries.selection import kth_largest
@@ -20,7 +22,7 @@ class Normalisation(NamedTuple):
   """x -> (x - x_mean) @ x_map and y -> (y - y_mean) / y_scale.
 
   Attributes:
-    x_mean: [D].
+    x_mean: [D]; zeros for kinds that do not centre.
     x_map: [D, D].
     y_mean: [E].
     y_scale: scalar; root mean square over rows and dims of y - y_mean.
@@ -46,38 +48,37 @@ class State(NamedTuple):
   threshold: jax.Array
 
 
-def normalisation(m: Moments, kind: str, *, epsilon: float) -> Normalisation:
+def normalisation(
+  m: Moments, kind: str, *, epsilon: float, mean_norm: float | None = None
+) -> Normalisation:
   """Constants from the training rows' moments.
 
   Args:
     m: moments of x and y.
-    kind: "whiten" (ZCA with eigenvalues raised by epsilon times their mean,
-      then scaled to unit mean square) or "scale" (the scale alone).
-    epsilon: how far whitening goes: 0 completely, large not at all.
+    kind: what happens to x, one of `activations.normalise.KINDS`; y is always
+      centred and scaled to unit mean variance.
+    epsilon: of the kinds that whiten: eigenvalues are raised by that times
+      their mean. 0 whitens completely, large not at all.
+    mean_norm: mean L2 norm of x; "mean_norm" needs it.
 
   Raises:
     ValueError: another kind; or a site that does not vary.
   """
-  values, vectors = np.linalg.eigh(m.covariance)
-  values = np.maximum(values, 0)
-  mean = values.mean()
-  if mean <= 0 or m.variance_y <= 0:
+  covariance = m.covariance
+  variance = np.diag(covariance)
+  if variance.mean() <= 0 or m.variance_y <= 0:
     raise ValueError(
       "A site is constant over the training tokens; nothing can be learned. "
       "Check the site and the mask."
     )
-  if kind == "scale":
-    x_map = np.eye(len(values)) / np.sqrt(mean)
-  elif kind == "whiten":
-    raised = values + epsilon * mean
-    after = np.mean(values / raised)
-    x_map = (vectors / np.sqrt(raised)) @ vectors.T / np.sqrt(after)
-  else:
-    raise ValueError(f"normalise={kind!r}; expected 'whiten' or 'scale'.")
+  measured = Measured(m.count, m.mean_x, variance, covariance, mean_norm)
+  mean, x_map, _ = matrices(measured, kind, shrinkage=epsilon)
+  if x_map.ndim < 2:
+    x_map = np.diag(np.broadcast_to(x_map, variance.shape))
   f32 = jnp.float32
   scale = np.sqrt(m.variance_y / len(m.mean_y))
   return Normalisation(
-    jnp.asarray(m.mean_x, f32),
+    jnp.asarray(mean, f32),
     jnp.asarray(x_map, f32),
     jnp.asarray(m.mean_y, f32),
     jnp.asarray(scale, f32),

@@ -1,5 +1,7 @@
 """What the tests of the data package share: it is slow to make twice."""
 
+import json
+
 import pytest
 import tokenizers
 
@@ -28,3 +30,26 @@ def tokenizer(builtin):
   )
   bpe.train_from_iterator(texts, trainer)
   return bpe
+
+
+@pytest.fixture(scope="session")
+def path(tmp_path_factory, builtin):
+  """Three sources of unequal size; real text, with letters beyond ASCII."""
+  path = tmp_path_factory.mktemp("stream") / "mix.jsonl"
+  text = "".join(document.text for document in builtin[:600])
+  sizes = {"web": 300, "code": 80, "books": 150}
+  records, at = [], 0
+  for number in range(max(sizes.values())):
+    for source, count in sizes.items():
+      if number < count:
+        length = 200 + 37 * (number % 11) + len(source) * 20
+        piece = f"{source} ñ{number} 漢: {text[at : at + length]}"
+        at += length
+        records.append({"text": piece, "meta": {"set": source}})
+  path.write_text("\n".join(json.dumps(r) for r in records), "utf-8")
+  return path
+
+
+@pytest.fixture(scope="session")
+def corpus(path):
+  return data.load({"kind": "jsonl", "path": path, "source_field": "meta.set"})

@@ -1,4 +1,6 @@
 import ast
+import collections
+import hashlib
 import itertools
 import pathlib
 import subprocess
@@ -10,6 +12,81 @@ import warnings
 import pytest
 
 from gemma_jax.data import standard_library
+from gemma_jax.data.document import Document
+
+
+def _passages(document):
+  lines = [line.strip() for line in document.text.split("\n") if line.strip()]
+  return zip(*(lines[i:] for i in range(8)), strict=False)
+
+
+def _paragraphs(document):
+  for paragraph in document.text.split("\n\n"):
+    words = " ".join(paragraph.split())
+    if len(words) >= 500:
+      yield words
+
+
+# -------------------------------------------------------------- documents
+
+
+def test_builtin_holds_three_strata_of_real_size(builtin):
+  characters = collections.Counter()
+  for document in builtin:
+    characters[document.source] += len(document.text)
+  assert list(characters) == ["reference", "docstrings", "code"]
+  assert characters["reference"] > 300_000
+  assert characters["docstrings"] > 1_000_000
+  assert characters["code"] > 4_000_000
+
+
+def test_builtin_documents_have_unique_ids_and_text(builtin):
+  assert len({d.id for d in builtin}) == len(builtin)
+  assert all(d.text.strip() for d in builtin)
+
+
+def test_no_passage_stands_in_two_strata_or_groups(builtin):
+  sources, groups = {}, {}
+  for document in builtin:
+    for passage in _passages(document):
+      assert sources.setdefault(passage, document.source) == document.source
+      assert groups.setdefault(passage, document.group) == document.group
+
+
+def test_no_long_paragraph_stands_in_two_groups(builtin):
+  groups = {}
+  for document in builtin:
+    for paragraph in _paragraphs(document):
+      assert groups.setdefault(paragraph, document.group) == document.group
+
+
+def test_builtin_is_the_same_in_another_process(builtin):
+  program = (
+    "from gemma_jax import data; import hashlib;"
+    "ids = ''.join(d.id for d in data.builtin());"
+    "print(hashlib.sha256(ids.encode()).hexdigest())"
+  )
+  ids = "".join(d.id for d in builtin)
+  other = subprocess.run(
+    [sys.executable, "-c", program],
+    env={"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path)},
+    capture_output=True,
+    check=True,
+    text=True,
+  ).stdout.strip()
+  assert other == hashlib.sha256(ids.encode()).hexdigest()
+
+
+def test_copies_are_cut_from_the_later_group_only():
+  copy = "\n".join(f"shared line {i}" for i in range(9))
+  first = Document(f"one\n{copy}", "code", "a", "a")
+  same = Document(f"two\n{copy}", "code", "a.b", "a")
+  other = Document(f"three\n\n  {copy}\nfour", "code", "b", "b")
+  kept = standard_library._cut_repeats([first, same, other])
+  assert [d.text for d in kept] == [first.text, same.text, "three\n\nfour"]
+
+
+# ------------------------------------------------------------ taking apart
 
 
 def _without_docstrings(source):

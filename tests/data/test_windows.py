@@ -185,3 +185,14 @@ def test_a_tokenizer_that_truncates_or_pads_is_refused(tokenizer):
   with pytest.raises(ValueError, match=r"without padding.*no_padding"):
     _make(_documents("10"), tokenizer)
   tokenizer.no_padding()
+
+
+def test_windows_without_spans_and_strata_say_that_they_have_none():
+  made = _make(_documents("10 11 12"))
+  assert (made.begin == -1).all()
+  assert made.source.tolist() == [0]
+  plain = data.Windows(made.tokens, made.mask, made.document, made.documents)
+  assert plain.begin.shape == plain.end.shape == made.tokens.shape
+  assert (plain.end == -1).all()
+  assert plain.source.tolist() == [0]
+  assert plain.first_document == 0

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_jax.activations.normalise import KINDS as KINDS_OF_NORMALISATION
+from gemma_jax.activations.normalise import Measured, fit
 from gemma_jax.dictionaries import Dictionary, DictionaryConfig, core, linear
 
 D, E, M, B = 6, 5, 24, 40
@@ -451,8 +453,48 @@ def test_a_constant_site_is_refused(constant):
 
 
 def test_another_kind_of_normalisation_lists_those_there_are():
-  with pytest.raises(ValueError, match="'l2'; expected 'whiten' or 'scale'"):
+  with pytest.raises(ValueError, match="'l2'; expected one of none, mean_squ"):
     core.normalisation(make_moments()[2], "l2", epsilon=0.1)
+
+
+@pytest.mark.parametrize("epsilon", [1e-4, 0.01, 0.5])
+def test_whiten_and_scale_keep_their_bits(epsilon):
+  m = make_moments()[2]
+  values, vectors = np.linalg.eigh(m.covariance)
+  mean = values.mean()
+  raised = values + epsilon * mean
+  after = np.mean(values / raised)
+  expected = {
+    "whiten": (vectors / np.sqrt(raised)) @ vectors.T / np.sqrt(after),
+    "scale": np.eye(D) / np.sqrt(mean),
+  }
+  for kind, x_map in expected.items():
+    got = core.normalisation(m, kind, epsilon=epsilon)
+    np.testing.assert_array_equal(got.x_map, x_map.astype(np.float32))
+    np.testing.assert_array_equal(got.x_mean, m.mean_x.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_NORMALISATION)
+def test_every_kind_trains_in_its_coordinates_and_folds_back(kind):
+  x, y, m = make_moments()
+  size = float(np.linalg.norm(x, axis=1).mean())
+  norm = core.normalisation(m, kind, epsilon=0.01, mean_norm=size)
+  measured = Measured(len(x), x.mean(0), x.var(0), np.cov(x.T), size)
+  xn, _ = core.normalise(norm, x, y)
+  expected = np.asarray(fit(measured, kind, shrinkage=0.01).apply(x))
+  np.testing.assert_allclose(xn, expected, rtol=0.01, atol=0.01)
+
+  cfg = make_config("topk")
+  ridge = linear.fit_ridge(m, m)
+  params, state = core.init(cfg, jax.random.key(0), norm, ridge)
+  acts, _ = core.select(cfg, core.pre_activations(params, xn))
+  rec = core.decode_prefixes(cfg, params, xn, acts)[-1]
+  rec = np.asarray(rec) * float(norm.y_scale) + np.asarray(norm.y_mean)
+  folded = core.fold(cfg, params, norm, state.threshold)
+  dictionary = Dictionary(cfg, jax.tree.map(jnp.asarray, folded))
+  np.testing.assert_allclose(
+    dictionary.reconstruct(x), rec, atol=2e-3 * np.abs(rec).max()
+  )
 
 
 @pytest.mark.parametrize("from_examples", [False, True])

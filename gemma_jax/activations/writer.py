@@ -1,0 +1,493 @@
+"""Writes one part of a store, shard by shard; resumes where it was cut."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from gemma_jax.activations import layout, storage
+from gemma_jax.activations.layout import LABELS, MANIFEST, SCALE
+from gemma_jax.activations.storage import Document, Location
+
+# Where no lock of the operating system ends with its process, a writer that
+# has committed nothing for so long is taken for dead.
+LEASE_SECONDS = 600.0
+
+
+@dataclasses.dataclass
+class _Flight:
+  """A shard on its way to the disk, and what is committed with it."""
+
+  shard: int
+  rows: int
+  futures: list[ts.Future]
+  documents: list[Sequence[str]]
+  state: bytes | None
+
+
+class Writer:
+  """Writes a part of a store from the first row to the last.
+
+  As a context manager it closes itself, and after an error only lets go of
+  the part, so that the next writer can go on.
+
+  Args:
+    where: the store: a path, or a URL (`gs://`, `s3://`, `memory://`).
+    sites: site -> width.
+    dtype: of the activations, "bfloat16", "float32" or "int8" (with a scale
+      for each row).
+    metadata: JSON-able; what is true of the whole store. A store with other
+      metadata is refused.
+    made_by: JSON-able; what made this part. Another in its place is refused.
+    sources: names of the strata that the label "source" counts.
+    part: which part to write.
+    parts: how many the store has, when it is made.
+    append: write behind the parts that are there, or go on with the one that
+      has the same `made_by`; `part` and `parts` are not looked at.
+    state: gives what is kept beside the rows at each commit, see `saved`.
+
+  Raises:
+    BlockingIOError: another process is writing this part.
+    ValueError: what is there was made by something else.
+    OSError: the place cannot be written.
+  """
+
+  def __init__(
+    self,
+    where: str | os.PathLike,
+    *,
+    sites: Mapping[str, int],
+    dtype: str,
+    metadata: Mapping[str, Any],
+    made_by: Mapping[str, Any] | None = None,
+    sources: Sequence[str] = ("",),
+    part: int = 0,
+    parts: int = 1,
+    append: bool = False,
+    state: Callable[[], bytes] | None = None,
+  ):
+    if dtype not in layout.DTYPES:
+      raise ValueError(f"dtype {dtype!r}; expected one of {layout.DTYPES}.")
+    self.root = Location(where)
+    self._sites, self._dtype = dict(sites), dtype
+    made_by = _plain({"made_by": made_by or {}, "sources": list(sources)})
+    self._manifest = Document(self.root, MANIFEST)
+    part = self._claim_manifest(_plain(metadata), made_by, part, parts, append)
+    self.prefix = layout.part_name(part)
+    self.location = Location(f"{self.root}/{self.prefix}")
+    self._release = _lock(self.location)
+    try:
+      self._open(made_by)
+    except BaseException:
+      self._release()
+      raise
+    self._kinds = layout.arrays(self._sites, dtype)
+    self._state = state
+    # One set is filled while the other is written.
+    self._spare: list[dict[str, np.ndarray]] = []
+    self._buffer: dict[str, np.ndarray] | None = None
+    self._shard, self._filled = -1, 0
+    self._flight: _Flight | None = None
+    self._documents: list[Sequence[str]] = []
+    self._known = self._part.value["documents"]
+    self._next = 0
+    self.report: Mapping[str, Any] | None = None
+    self._began = time.perf_counter() - self._part.value["seconds"]
+
+  # ------------------------------------------------------------- opening
+  def _claim_manifest(self, metadata, made_by, part, parts, append) -> int:
+    """Makes or checks the manifest; returns the number of our part."""
+    for _ in range(100):  # others may be doing the same
+      there = self._manifest.value
+      new = {
+        "format": layout.FORMAT,
+        "parts": 1 if append else parts,
+        "sites": self._sites,
+        "dtype": self._dtype,
+        "metadata": metadata,
+      }
+      if there is not None:
+        layout.check_format(self.root, there)
+        if append:
+          new["parts"] = there["parts"]
+        if there != new:
+          raise ValueError(
+            f"{self.root} was made by another harvest "
+            f"({layout.differences(new, there)}). Delete it, or use another "
+            "place."
+          )
+      if append:
+        part = self._find(made_by, 0 if there is None else there["parts"])
+        new["parts"] = max(new["parts"], part + 1)
+      if new == there:
+        return part
+      with contextlib.suppress(storage.Conflict):
+        self._manifest.replace(new)
+        return part
+      self._manifest.reload()
+    raise storage.Conflict(f"{self.root}/{MANIFEST} does not stay as it is.")
+
+  def _find(self, made_by, count) -> int:
+    there = layout.parts(self.root, {"parts": count})
+    for i, part in enumerate(there):
+      if part is None or _of(part) == made_by:
+        return i
+    return count
+
+  def _open(self, made_by) -> None:
+    self._part = Document(self.location, layout.PART)
+    there = self._part.value
+    kinds = layout.arrays(self._sites, self._dtype)
+    if there is not None:
+      if _of(there) != made_by:
+        raise ValueError(
+          f"{self.location} was made by another harvest "
+          f"({layout.differences(made_by, _of(there))}). Delete the store, or "
+          "use another place."
+        )
+      opened = {
+        name: ts.open(
+          self.location.array(name), context=storage.CONTEXT, open=True
+        )
+        for name in kinds
+      }
+    else:
+      opened = {
+        name: layout.create(self.location, name, *kind)
+        for name, kind in kinds.items()
+      }
+    self._arrays = {
+      name: self.location.finish(future, f"opening {name}")
+      for name, future in opened.items()
+    }
+    if there is None:
+      self._part.replace(
+        made_by
+        | {
+          "committed": 0,
+          "complete": False,
+          "holes": [],
+          "documents": 0,
+          "document_files": 0,
+          "state": None,
+          "report": None,
+          "seconds": 0.0,
+        }
+      )
+
+  def __enter__(self) -> "Writer":
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    if kind is None:
+      self.close()
+    else:
+      self.abandon()
+
+  # ------------------------------------------------------------ what is there
+  @property
+  def committed(self) -> int:
+    """Rows that are safely there, holes counted."""
+    return self._part.value["committed"]
+
+  @property
+  def complete(self) -> bool:
+    """Whether all rows are there."""
+    return self._part.value["complete"] and not self._part.value["holes"]
+
+  @property
+  def holes(self) -> list[list[int]]:
+    """[start, stop] of rows that a repair took out."""
+    return self._part.value["holes"]
+
+  @property
+  def documents(self) -> int:
+    """Documents whose names are safely there."""
+    return self._part.value["documents"]
+
+  @property
+  def saved(self) -> bytes | None:
+    """What `state` gave at the last commit."""
+    name = self._part.value["state"]
+    return None if name is None else self.location.read(name)
+
+  def needs(self, start: int, stop: int) -> bool:
+    """Whether any of the rows start:stop is still to be written."""
+    there = self._part.value
+    if stop > there["committed"] and not there["complete"]:
+      return start < stop
+    return any(start < b and a < stop for a, b in there["holes"])
+
+  # ---------------------------------------------------------------- writing
+  def append(
+    self,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    first_row: int | None = None,
+    documents: Sequence[Sequence[str]] = (),
+    first_document: int = 0,
+  ) -> None:
+    """Takes rows; those that are there already are left out.
+
+    Args:
+      arrays: every site [n, D] and every label [n].
+      first_row: number of the first; None: behind the last that came.
+      documents: (id, source, name) of documents that begin in these rows.
+      first_document: number of the first of them.
+
+    Raises:
+      ValueError: arrays missing, unknown or of other shapes; rows left out.
+      OSError: the place is full or refuses the write.
+    """
+    n = self._check(arrays)
+    first_row = self._next if first_row is None else first_row
+    self._next = first_row + n
+    fresh = self._known - first_document
+    self._documents += documents[max(0, fresh) :]
+    self._known = max(self._known, first_document + len(documents))
+    at = 0
+    while at < n:
+      row = first_row + at
+      shard, offset = divmod(row, layout.SHARD_ROWS)
+      size = self._size(shard)
+      take = min(n - at, layout.SHARD_ROWS - offset)
+      if self.needs(row, row + take):
+        self._copy(shard, offset, arrays, at, take)
+        if self._filled == size:
+          self._flush()
+      at += take
+
+  def _check(self, arrays) -> int:
+    shapes = {name: np.shape(x) for name, x in arrays.items()}
+    rows = {shape[:1] for shape in shapes.values()}
+    expected = self._sites | dict.fromkeys(LABELS)
+    widths = {n: s[1] if len(s) == 2 else None for n, s in shapes.items()}
+    if widths != expected or len(rows) != 1:
+      raise ValueError(
+        f"Expected equally many rows of {', '.join(expected)}, the sites of "
+        f"widths {self._sites}; got {shapes}."
+      )
+    return rows.pop()[0]
+
+  def _size(self, shard: int) -> int:
+    """Rows of a shard; the last of a complete part may be short."""
+    if not self._part.value["complete"]:
+      return layout.SHARD_ROWS
+    left = self.committed - shard * layout.SHARD_ROWS
+    return min(layout.SHARD_ROWS, left)
+
+  def _copy(self, shard, offset, arrays, at, take) -> None:
+    if (shard != self._shard and self._filled) or (
+      offset != (self._filled if shard == self._shard else 0)
+    ):
+      raise ValueError(
+        f"{self.location}: row {shard * layout.SHARD_ROWS + offset} arrived "
+        f"before those that precede it. Rows must come in order."
+      )
+    if self._buffer is None:
+      self._buffer = self._spare.pop() if self._spare else self._make_buffer()
+    self._shard = shard
+    rows = slice(offset, offset + take)
+    for name, x in arrays.items():
+      x = x[at : at + take]
+      if self._dtype == "int8" and name in self._sites:
+        x, self._buffer[f"{name}{SCALE}"][rows] = layout.quantise(x)
+      self._buffer[name][rows] = x
+    self._filled += take
+
+  def _make_buffer(self) -> dict[str, np.ndarray]:
+    return {
+      name: np.empty((layout.SHARD_ROWS, *row), ts.dtype(dtype).numpy_dtype)
+      for name, (row, dtype, _) in self._kinds.items()
+    }
+
+  def _flush(self) -> None:
+    """Sends the buffer off, after the one before has arrived."""
+    self._settle()
+    start, rows = self._shard * layout.SHARD_ROWS, self._filled
+    futures = [
+      self._arrays[name][start : start + rows].write(
+        x[:rows], can_reference_source_data_indefinitely=True
+      )
+      for name, x in self._buffer.items()
+    ]
+    # A hole's rows are in the statistics already.
+    filling = self._part.value["complete"]
+    state = self._state() if self._state and not filling else None
+    self._flight = _Flight(self._shard, rows, futures, self._documents, state)
+    self._flying, self._buffer = self._buffer, None
+    self._documents, self._filled, self._shard = [], 0, -1
+
+  def _settle(self) -> None:
+    """Waits for the shard in flight and commits it."""
+    flight, self._flight = self._flight, None
+    if flight is None:
+      return
+    try:
+      for future in flight.futures:
+        self.location.finish(future, f"writing shard {flight.shard}")
+    finally:
+      for future in flight.futures:
+        future.exception()  # nobody else may write while one is on its way
+    self._spare.append(self._flying)
+    start = flight.shard * layout.SHARD_ROWS
+    holes = [h for h in self._part.value["holes"] if h[0] != start]
+    end = max(self.committed, start + flight.rows)
+    self._commit(flight.documents, flight.state, committed=end, holes=holes)
+
+  def _commit(self, documents, state, **changes) -> None:
+    there = self._part.value
+    if documents:
+      name = layout.documents_key(there["document_files"])
+      self.location.write(name, layout.pack_documents(documents))
+      changes["documents"] = there["documents"] + len(documents)
+      changes["document_files"] = there["document_files"] + 1
+    if state is not None:
+      changes["state"] = f"state/{changes['committed']:012d}.npz"
+      self.location.write(changes["state"], state)
+    changes["seconds"] = time.perf_counter() - self._began
+    try:
+      self._part.replace(there | changes)
+      self._release.renew()
+    except storage.Conflict as e:
+      raise BlockingIOError(
+        f"Another process has taken over {self.location}. This one stops; "
+        "what it had committed is kept."
+      ) from e
+    if there["state"] not in (None, self._part.value["state"]):
+      self.location.delete(there["state"])
+
+  # ---------------------------------------------------------------- closing
+  def close(self) -> None:
+    """Writes what is left and marks the part as complete.
+
+    Raises:
+      ValueError: holes are left that no rows came for.
+      OSError: the place is full or refuses the write.
+    """
+    try:
+      if self._filled:
+        self._flush()
+      self._settle()
+      if self._part.value["holes"]:
+        raise ValueError(
+          f"{self.location}: the rows {self._part.value['holes']} did not "
+          "come. Run the harvest that made this store."
+        )
+      if not self._part.value["complete"]:
+        for name, array in self._arrays.items():
+          if array.shape[0] != self.committed:
+            end = [self.committed, *array.shape[1:]]
+            self.location.finish(
+              array.resize(exclusive_max=end, resize_metadata_only=True),
+              f"closing {name}",
+            )
+        state = self._state() if self._state else None
+        self._commit(
+          self._documents,
+          state,
+          committed=self.committed,
+          complete=True,
+          report=self.report,
+        )
+        self._documents = []
+    except BaseException:
+      self.abandon()
+      raise
+    self._release()
+
+  def abandon(self) -> None:
+    """Lets go of the part; what is committed stays."""
+    for future in self._flight.futures if self._flight else ():
+      future.exception()  # waits, so that nobody else writes meanwhile
+    self._flight = None
+    self._release()
+
+
+def _plain(value):
+  """As JSON gives it back: tuples are lists."""
+  return json.loads(json.dumps(value))
+
+
+def _of(part: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: part[name] for name in ("made_by", "sources")}
+
+
+# ----------------------------------------------------------------- one writer
+
+
+class _Held:
+  """Released by a call; a lease is renewed at every commit."""
+
+  def __init__(self, release, renew=lambda: None):
+    self._release, self.renew = release, renew
+
+  def __call__(self) -> None:
+    release, self._release = self._release, lambda: None
+    release()
+
+
+def _lock(location: Location) -> _Held:
+  """Makes this process the only writer of a part.
+
+  Raises:
+    BlockingIOError: another is.
+  """
+  if location.path is not None:
+    return _flock(location)
+  lease, owner = Document(location, "writer.json"), uuid.uuid4().hex
+
+  def renew():
+    until = time.time() + LEASE_SECONDS
+    lease.replace({"owner": owner, "until": until, "pid": os.getpid()})
+
+  def release():
+    with contextlib.suppress(OSError):
+      lease.remove()
+
+  there = lease.value
+  if there is not None and there["until"] > time.time():
+    raise _busy(
+      location,
+      f" (its claim ends by itself in at most "
+      f"{there['until'] - time.time():.0f} s)",
+    )
+  try:
+    renew()
+  except storage.Conflict as e:
+    raise _busy(location) from e
+  return _Held(release, renew)
+
+
+def _flock(location: Location) -> _Held:
+  path = location.path
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    file = (path / ".lock").open("w")
+  except OSError as e:
+    raise type(e)(
+      e.errno,
+      f"A store cannot be written there ({e.strerror}). Choose another place",
+      str(path),
+    ) from e
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as e:
+    file.close()
+    raise _busy(location) from e
+  return _Held(file.close)
+
+
+def _busy(location: Location, more: str = "") -> BlockingIOError:
+  return BlockingIOError(
+    f"Another process is writing {location}{more}. Wait for it, then run "
+    "again: its store will be used."
+  )

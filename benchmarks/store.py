@@ -4,10 +4,10 @@
 
 The same bfloat16 vectors of one site. Writing, batch by batch, until the
 bytes are on the disk: a store (with checksums, labels and manifest), `.npy`
-files of one shard each, and compressed `.npz` files of one shard each. Reading: a shuffled epoch of the
-store in batches, against `np.load` of the `.npy` files in their order. Before
-every reading the files are dropped from the page cache, as a store larger
-than memory is; `--warm` leaves them there. All take turns.
+files and compressed `.npz` files of one shard each. Reading: a shuffled epoch
+of the store in batches, against `np.load` of the `.npy` files in their order.
+Before every reading the files are dropped from the page cache, where a store
+larger than memory is not; `--warm` leaves them there. All take turns.
 """
 
 import os
@@ -151,7 +151,7 @@ def main(_):
       "np.load": lambda: read_npy(root / "np.save", shards),
     }
     took, found = {name: [] for name in readers}, {}
-    for name, read in readers.items():
+    for read in readers.values():
       read()
     for _ in range(ROUNDS.value):
       for name, read in readers.items():

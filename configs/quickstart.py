@@ -28,6 +28,9 @@ def get_config() -> ConfigDict:
   c.data.heldout_fraction = 0.1
   c.data.context = 256
   c.data.packing = "packed"
+  c.data.bos = "both"
+  c.data.stride = None
+  c.data.allocation = "equal"
   c.data.document_tokens = 1_024
   c.data.train_tokens = 400_000
   c.data.heldout_tokens = 32_768

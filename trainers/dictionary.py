@@ -79,9 +79,10 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   # ------------------------------------------------------- text and tokens
   directory = models.resolve(config["model"]["name"])
   p = prepare(config, models.read_config(directory))
-  windows = _windows(p, models.load_tokenizer(directory))
+  streams = _windows(p, models.load_tokenizer(directory))
   # ----------------------------------------------------------- activations
-  stores = _harvest(p, directory, windows)
+  stores = _harvest(p, directory, streams)
+  heldout = streams["heldout"].collect()
   # -------------------------------------------------------------- training
   sites = p.dictionary.read, p.dictionary.write
   moments, ridge = linear.fit(stores["train"], *sites)
@@ -116,7 +117,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
       top=max(16, config["eval"]["contexts"]),
     )
     model = models.load_model(directory, dtype=p.dtype, mesh=p.mesh)
-    numbers |= _splice(p, model, dictionary, ridge, windows["heldout"])
+    numbers |= _splice(p, model, dictionary, ridge, heldout)
   rows = loop.read_metrics(workdir / "metrics.jsonl")
   results = {
     "model": config["model"]["name"],
@@ -147,7 +148,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     dictionary,
     latents,
     stores["heldout"],
-    windows["heldout"],
+    heldout,
     model,
     count=config["eval"]["latents"],
     contexts=config["eval"]["contexts"],
@@ -166,7 +167,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   return results
 
 
-def _windows(p: Plan, tokenizer) -> dict[str, data.Windows]:
+def _windows(p: Plan, tokenizer) -> dict[str, data.WindowStream]:
   """Token windows of both sides of the split."""
   own = p.config["data"]
   if tokenizer is None:
@@ -174,46 +175,42 @@ def _windows(p: Plan, tokenizer) -> dict[str, data.Windows]:
       f"{p.config['model']['name']} has no tokenizer.json; text cannot be "
       "tokenised. Put the model's tokenizer beside its weights."
     )
-  documents = data.load(own["corpus"])
   sides = data.split(
-    documents, heldout_fraction=own["heldout_fraction"], seed=own["seed"]
+    data.load(own["corpus"]),
+    heldout_fraction=own["heldout_fraction"],
+    seed=own["seed"],
   )
-  least = {"train": p.config["train"]["batch_size"], "heldout": 1}
-  windows = {}
-  for name, side in zip(("train", "heldout"), sides, strict=True):
-    windows[name] = data.make_windows(
-      data.sample(side, seed=own["seed"]),
+  return {
+    name: data.WindowStream(
+      side,
       tokenizer.backend_tokenizer,
-      context=own["context"],
+      seed=own["seed"],
       max_tokens=own[f"{name}_tokens"],
       bos_id=p.model.bos_id,
       pad_id=p.model.pad_id,
-      packing=own["packing"],
       special_ids=p.model.eos_ids,
-      document_tokens=own["document_tokens"],
+      **{
+        option: own[option]
+        for option in (
+          "context",
+          "packing",
+          "bos",
+          "stride",
+          "allocation",
+          "document_tokens",
+        )
+      },
     )
-    got, wanted = windows[name].num_tokens, own[f"{name}_tokens"]
-    if got < least[name]:
-      raise ValueError(
-        f"The {name} side of the corpus has {got} tokens, fewer than one "
-        f"batch of {least[name]}. Give more text or a smaller batch."
-      )
-    log.info(
-      "%s: %d tokens of %d wanted, from %d documents",
-      name,
-      got,
-      wanted,
-      len(windows[name].documents),
-    )
-  return windows
+    for name, side in zip(("train", "heldout"), sides, strict=True)
+  }
 
 
-def _harvest(p: Plan, directory, windows):
+def _harvest(p: Plan, directory, streams):
   """Both stores; the model is loaded only if one of them is incomplete."""
   own = p.config["activations"]
   capture = tuple(dict.fromkeys((own["read"], own["write"])))
   stores, model = {}, None
-  for name, side in windows.items():
+  for name, side in streams.items():
     path = activations.store_path(
       directory, side, capture, dtype=own["dtype"], compute_dtype=p.dtype
     )
@@ -228,6 +225,12 @@ def _harvest(p: Plan, directory, windows):
       path,
       batch_size=own["batch_size"],
       dtype=own["dtype"],
+    )
+  got, batch = len(stores["train"]), p.config["train"]["batch_size"]
+  if got < batch:
+    raise ValueError(
+      f"The train side of the corpus has {got} tokens, fewer than one batch "
+      f"of {batch}. Give more text or a smaller batch."
     )
   return stores
 

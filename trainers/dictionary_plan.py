@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gemma_jax import dictionaries, models
+from gemma_jax import activations, dictionaries, models
 from gemma_jax.activations import normalise
 from gemma_jax.dictionaries.config import DictionaryConfig
 from gemma_jax.models import sites
@@ -28,6 +28,9 @@ FIELDS = {
     "heldout_fraction": float,  # of the documents
     "context": int,  # T, with BOS
     "packing": str,  # "packed" or "document"
+    "bos": str,  # starts a "window", a "document", "both", or "none"
+    "stride": (int, type(None)),  # new positions per window; None: all
+    "allocation": (str, Mapping),  # "equal", "proportional", {source: weight}
     "document_tokens": (int, type(None)),  # at most so many of each document
     "train_tokens": int,
     "heldout_tokens": int,
@@ -36,7 +39,7 @@ FIELDS = {
     "read": str,  # site of the input
     "write": str,  # site to reconstruct
     "dtype": str,  # in the store
-    "batch_size": int,  # windows in a forward pass
+    "batch_size": (int, type(None)),  # windows at once; None: what fits
     "buffer_rows": int,  # tokens shuffled in memory
   },
   "dictionary": {
@@ -126,9 +129,10 @@ def prepare(
       "must be in one block, what is read not after what is written. In "
       f"order: {', '.join(sites.NAMES)}."
     )
-  if acts["dtype"] not in ("bfloat16", "float32"):
+  if acts["dtype"] not in activations.DTYPES:
     raise ValueError(
-      f"activations.dtype {acts['dtype']!r}; expected 'bfloat16' or 'float32'."
+      f"activations.dtype {acts['dtype']!r}; expected one of "
+      f"{', '.join(activations.DTYPES)}."
     )
   if train["init"] not in ("examples", "random"):
     raise ValueError(
@@ -165,7 +169,7 @@ def prepare(
   )
   mesh = models.make_mesh(config["mesh"])
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if train["batch_size"] % ways or acts["batch_size"] % ways:
+  if train["batch_size"] % ways or (acts["batch_size"] or 0) % ways:
     raise ValueError(
       f"train.batch_size={train['batch_size']} and activations.batch_size="
       f"{acts['batch_size']} must be multiples of the {ways} devices on the "

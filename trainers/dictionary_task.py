@@ -27,7 +27,8 @@ def make(
   d, e = cfg.d_in, cfg.d_out
   f32 = jnp.float32
   shape = jax.ShapeDtypeStruct
-  stored = jnp.dtype(p.config["activations"]["dtype"])
+  stored = p.config["activations"]["dtype"]
+  stored = jnp.dtype("float32" if stored == "int8" else stored)
   size = train["batch_size"]
   rows = max(EXAMPLES, cfg.width)
   if store is not None:
@@ -74,13 +75,14 @@ def make(
     hyper = {"aux_coefficient": cfg.aux_coefficient}
     return core.loss(cfg, params, state, batch, hyper)
 
-  def batches(start):
+  def batches(start, sharding):
     stream = store.stream(
       train["batch_size"],
       p.config["seed"],
       sites=tuple(dict.fromkeys((cfg.read, cfg.write))),
       start=start,
       buffer_rows=p.config["activations"]["buffer_rows"],
+      sharding=sharding,
     )
     try:
       for batch in stream:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -58,7 +57,8 @@ class Task:
     loss: (params, extra, batch) -> (loss, (extra, metrics of scalars)).
     optimizer: of optax.
     learning_rate: step -> rate, for the log.
-    batches: start -> endless host batches from batch number `start`.
+    batches: (start, sharding) -> endless batches from number `start`, their
+      rows on the devices as `sharding` says.
     batch_shapes: `jax.ShapeDtypeStruct` of each array of a batch.
     rule: (path of a leaf, shape) -> PartitionSpec.
     shown: metrics for the progress bar.
@@ -70,7 +70,7 @@ class Task:
   loss: Callable
   optimizer: optax.GradientTransformation
   learning_rate: Callable[[jax.Array], jax.Array]
-  batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
+  batches: Callable[..., Iterator[Mapping[str, jax.Array]]]
   batch_shapes: Mapping[str, jax.ShapeDtypeStruct]
   rule: Callable[[str, tuple[int, ...]], P]
   shown: tuple[str, ...]
@@ -160,7 +160,7 @@ def train(
 
   # ----------------------------------------------------------------- loop
   record = _Record(workdir, start, steps, batch_size, task.shown, track)
-  batches = task.batches(start)
+  batches = task.batches(start, by_row)
   done = start
   with contextlib.ExitStack() as stack:
     stack.callback(store.close)
@@ -170,7 +170,7 @@ def train(
     stack.enter_context(jax.set_mesh(mesh))
     pending = None
     for step in range(start, steps):
-      batch = jax.device_put(dict(next(batches)), by_row)
+      batch = dict(next(batches))
       with jax.transfer_guard("disallow"):
         state, metrics = step_fn(state, batch)
       done = step + 1

@@ -1,5 +1,6 @@
 """From token windows to a store: the model's sites, in one pass."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -485,6 +486,9 @@ class _Harvest:
         )
 
 
+_matmul_rate = functools.cache(machine.matmul_rate)
+
+
 class _Bar:
   """Progress with tokens/s, GB/s, the share of the machine's FLOP/s, time."""
 
@@ -498,7 +502,7 @@ class _Bar:
     flops = model.config.flops_per_token(depth, run.context, unembed=False)
     self._flops = flops / run.keep
     self._row = sum(run.width.values()) * jnp.dtype(run.computed).itemsize
-    rate = machine.matmul_rate(str(model.params["embed"].dtype))
+    rate = _matmul_rate(str(model.params["embed"].dtype))
     self._peak = rate * len(jax.local_devices())
     self._began, self._done = None, 0
 

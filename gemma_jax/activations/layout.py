@@ -87,14 +87,23 @@ def create(
     context=storage.CONTEXT,
     create=True,
     delete_existing=True,
-    dtype=dtype,
-    shape=[MANY_ROWS, *row],
-    chunk_layout=ts.ChunkLayout(
+    **form(row, dtype, codecs, MANY_ROWS),
+  )
+
+
+def form(
+  row: Sequence[int], dtype: str, codecs: list, rows: int
+) -> dict[str, Any]:
+  """What `ts.open` must know of an array that it cannot ask."""
+  return {
+    "dtype": dtype,
+    "shape": [rows, *row],
+    "chunk_layout": ts.ChunkLayout(
       write_chunk_shape=[SHARD_ROWS, *row],
       read_chunk_shape=[CHUNK_ROWS, *row],
     ),
-    codec=ts.CodecSpec({"driver": "zarr3", "codecs": codecs}),
-  )
+    "codec": ts.CodecSpec({"driver": "zarr3", "codecs": codecs}),
+  }
 
 
 def shard_key(name: str, shard: int, row: Sequence[int]) -> str:

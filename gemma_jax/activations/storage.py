@@ -21,6 +21,13 @@ CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 # The AWS tools' variables for a server that is not Amazon's.
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 SCHEMES = ("file", "gs", "s3", "memory")
+# What operating systems and servers say of a place that takes no more.
+FULL = (
+  "No space left",
+  "File too large",
+  "quota exceeded",
+  "RESOURCE_EXHAUSTED",
+)
 
 
 def reason(error: BaseException) -> str:
@@ -28,12 +35,12 @@ def reason(error: BaseException) -> str:
   text = str(error)
   for start in (" [tensorstore_spec=", " [kvstore=", " [source locations="):
     text = text.split(start)[0]
-  return text
+  return text.replace("\\x00", "/")  # as it joins the parts of a path
 
 
 def _failure(action: str, where: str, error: BaseException) -> OSError:
   text = reason(error)
-  if "No space left" in text or "RESOURCE_EXHAUSTED" in text:
+  if any(words in text for words in FULL):
     return OSError(
       errno.ENOSPC,
       f"{where} is full: {action} failed ({text}). What was committed is "
@@ -187,6 +194,13 @@ class Document:
       f"writing {self.name}",
     )
     if not done.generation:
+      there = Document(self.location, self.name)
+      if there._generation == self._generation:  # as in a bucket that is not
+        raise OSError(
+          f"{self.location}: writing {self.name} was refused. Check that the "
+          "place exists and that you may write to it, then run the same "
+          "command again."
+        )
       raise Conflict(f"{self.location}/{self.name} was written by another.")
     self._generation, self.value = done.generation, dict(value)
 

@@ -4,7 +4,7 @@ import functools
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +18,12 @@ from gemma_jax.activations.stream import Stream
 
 
 class Damage(NamedTuple):
-  """Rows of an array that cannot be read.
+  """Rows of an array that cannot be read, or another file of the store.
 
   Attributes:
-    array: a site or a label.
+    array: a site or a label, or what else the file holds.
     start: first row, counted through the store.
-    stop: behind the last.
+    stop: behind the last; `start` where no row is touched.
     key: the file, below the store.
     reason: what TensorStore says.
   """
@@ -35,8 +35,9 @@ class Damage(NamedTuple):
   reason: str
 
   def __str__(self) -> str:
+    rows = f", rows {self.start} to {self.stop - 1}"
     return (
-      f"{self.key}: {self.array}, rows {self.start} to {self.stop - 1}: "
+      f"{self.key}: {self.array}{rows * (self.start < self.stop)}: "
       f"{self.reason}"
     )
 
@@ -286,7 +287,8 @@ class ActivationStore:
     sites: Sequence[str] | None = None,
     start: int = 0,
     buffer_rows: int = 2**18,
-  ) -> Iterator[dict[str, np.ndarray]]:
+    sharding: Any = None,
+  ) -> Iterator[dict[str, Any]]:
     """Endless shuffled batches, `{site: [batch_size, D]}`; see `Stream`."""
     return iter(
       Stream(
@@ -296,6 +298,7 @@ class ActivationStore:
         sites=sites,
         start=start,
         buffer_rows=buffer_rows,
+        sharding=sharding,
       )
     )
 
@@ -325,14 +328,23 @@ class ActivationStore:
     return total
 
 
-def write_statistics(store: ActivationStore) -> dict[str, Any]:
+def write_statistics(
+  store: ActivationStore, measured: Mapping[str, Statistics] | None = None
+) -> dict[str, Any]:
   """Writes and returns `stats.json`: {site: summary}, outliers by name.
 
-  Sites that were harvested without statistics are left out.
+  Args:
+    store: of any size; only its statistics are read.
+    measured: by site; None takes what the harvest measured, without the sites
+      that it did not.
   """
   found = {}
   for site in store.sites:
-    if (statistics := store.statistics(site)) is not None:
+    if measured is None:
+      statistics = store.statistics(site)
+    else:
+      statistics = measured.get(site)
+    if statistics is not None:
       found[site] = name_outliers(store, statistics.summary())
   text = json.dumps(found, indent=1, allow_nan=False)
   store.root.write("stats.json", text.encode())
@@ -425,20 +437,25 @@ def damages(
   for part in store._parts:
     low, high = max(start, part.start), min(stop, part.stop)
     for array in names:
-      row = part.kinds[array][0]
-      at = low
-      while at < high:
-        # Chunks count from the beginning of the part.
-        chunk = (at - part.start) // layout.CHUNK_ROWS
-        a = part.start + chunk * layout.CHUNK_ROWS
-        b = min(a + layout.CHUNK_ROWS, part.stop)
-        rows = slice(a - part.start, b - part.start)
-        error = part.arrays[array][rows].read().exception()
-        if error is not None:
-          shard = (a - part.start) // layout.SHARD_ROWS
-          key = part.prefix + layout.shard_key(array, shard, row)
-          yield Damage(array, a, b, key, storage.reason(error))
-        at = b
+      yield from damaged_chunks(part, array, low, high)
+
+
+def damaged_chunks(part, array: str, start: int, stop: int) -> Iterator[Damage]:
+  """The chunks of a part's array among these rows that cannot be read."""
+  row = part.kinds[array][0]
+  at = start
+  while at < stop:
+    # Chunks count from the beginning of the part.
+    chunk = (at - part.start) // layout.CHUNK_ROWS
+    a = part.start + chunk * layout.CHUNK_ROWS
+    b = min(a + layout.CHUNK_ROWS, part.stop)
+    rows = slice(a - part.start, b - part.start)
+    error = part.arrays[array][rows].read().exception()
+    if error is not None:
+      shard = (a - part.start) // layout.SHARD_ROWS
+      key = part.prefix + layout.shard_key(array, shard, row)
+      yield Damage(array, a, b, key, storage.reason(error))
+    at = b
 
 
 def read_manifest(

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from gemma_jax.activations.layout import CHUNK_ROWS
+from gemma_jax.activations import layout
 from gemma_jax.data.ahead import ahead
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ class Stream:
       None leaves them in NumPy.
 
   Raises:
-    ValueError: a batch of no rows, a store shorter than one batch, or weights
-      that leave a store less than a row of every batch.
+    ValueError: a batch of no rows, a store shorter than one batch, stores
+      whose sites differ, or weights that leave a store less than a row of
+      every batch.
     KeyError: a site that a store lacks.
   """
 
@@ -66,7 +68,13 @@ class Stream:
     sites = tuple(stores[0].sites if sites is None else sites)
     for store in stores:
       for site in sites:
-        store.empty(0, site)
+        first, here = stores[0].empty(0, site), store.empty(0, site)
+        if (first.shape, first.dtype) != (here.shape, here.dtype):
+          raise ValueError(
+            f"{site} is {first.dtype}{list(first.shape[1:])} in "
+            f"{stores[0].path} and {here.dtype}{list(here.shape[1:])} in "
+            f"{store.path}. Mix stores of one width and dtype."
+          )
       if len(store) < batch_size:
         raise ValueError(
           f"{store.path} has {len(store)} rows, fewer than one batch of "
@@ -83,17 +91,19 @@ class Stream:
       )
     self._stores, self._sites = stores, sites
     self._batch, self._seed, self._start = batch_size, seed, start
-    self._edges = np.cumsum(weights)[:-1] / sum(weights)
+    # 0.29 of 100 rows are 29; in floating point they round down to 28.
+    exact = [Fraction(str(w)) for w in weights]
+    self._edges = [sum(exact[:i]) / sum(exact) for i in range(1, len(exact))]
     self._buffer_rows, self._sharding = buffer_rows, sharding
-    self.batches_per_epoch = len(stores[0]) / batch_size
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     return ahead(self._batches, AHEAD)
 
   def _cursors(self, batch: int) -> np.ndarray:
     """Rows of each store that came before a batch, int64 [stores + 1]."""
-    before = np.floor(self._edges * (batch * self._batch)).astype(np.int64)
-    return np.diff(np.concatenate([[0], before, [batch * self._batch]]))
+    rows = batch * self._batch
+    before = [math.floor(edge * rows) for edge in self._edges]
+    return np.diff([0, *before, rows])
 
   def _batches(self) -> Iterator[dict[str, Any]]:
     cursors = self._cursors(self._start)
@@ -110,7 +120,7 @@ class Stream:
         reader.fill({s: x[at : at + count] for s, x in batch.items()})
         at += count
       if len(readers) > 1:
-        rng = np.random.default_rng((self._seed, 2, number))
+        rng = np.random.default_rng((self._seed, len(readers), number))
         order = rng.permutation(self._batch)
         batch = {site: x[order] for site, x in batch.items()}
       yield self._put(batch)
@@ -133,9 +143,10 @@ class _Reader:
 
   def __init__(self, store, sites, seed, cursor, buffer_rows):
     self._store, self._sites, self._seed = store, sites, seed
-    self._chunks = max(1, buffer_rows // CHUNK_ROWS)
+    self._chunks = max(1, buffer_rows // layout.CHUNK_ROWS)
     cuts = [
-      np.arange(part["start"], part["stop"], CHUNK_ROWS) for part in store.parts
+      np.arange(part["start"], part["stop"], layout.CHUNK_ROWS)
+      for part in store.parts
     ]
     self._starts = np.concatenate(cuts)
     ends = [part["stop"] for part in store.parts]

@@ -99,6 +99,7 @@ class Writer:
     self._documents: list[Sequence[str]] = []
     self._known = self._part.value["documents"]
     self._next = 0
+    self._writing = True
     self.report: Mapping[str, Any] | None = None
     self._began = time.perf_counter() - self._part.value["seconds"]
 
@@ -244,13 +245,20 @@ class Writer:
       first_document: number of the first of them.
 
     Raises:
-      ValueError: arrays missing, unknown or of other shapes; rows left out.
-      OSError: the place is full or refuses the write.
+      ValueError: arrays missing, unknown or of other shapes; rows or documents
+        left out; a writer that has stopped.
+      OSError: the place is full or refuses the write; the writer has stopped.
     """
+    self._check_writing()
     n = self._check(arrays)
     first_row = self._next if first_row is None else first_row
     self._next = first_row + n
     fresh = self._known - first_document
+    if documents and fresh < 0:
+      raise ValueError(
+        f"{self.location}: document {first_document} arrived and "
+        f"{self._known} is the next. Documents must come in order."
+      )
     self._documents += documents[max(0, fresh) :]
     self._known = max(self._known, first_document + len(documents))
     at = 0
@@ -275,7 +283,20 @@ class Writer:
         f"Expected equally many rows of {', '.join(expected)}, the sites of "
         f"widths {self._sites}; got {shapes}."
       )
+    labels, names = arrays["source"], self._part.value["sources"]
+    low, high = np.min(labels, initial=0), np.max(labels, initial=0)
+    if low < 0 or high >= len(names):
+      raise ValueError(
+        f"The label source counts through {names}; got {low} to {high}."
+      )
     return rows.pop()[0]
+
+  def _check_writing(self) -> None:
+    if not self._writing:
+      raise ValueError(
+        f"{self.location}: this writer has stopped. Make another: it goes on "
+        f"from row {self.committed}."
+      )
 
   def _size(self, shard: int) -> int:
     """Rows of a shard; the last of a complete part may be short."""
@@ -313,9 +334,12 @@ class Writer:
     """Sends the buffer off, after the one before has arrived."""
     self._settle()
     start, rows = self._shard * layout.SHARD_ROWS, self._filled
+    # A file has the bytes when it is written; `memory://` keeps what it was
+    # given, and the buffer is filled again.
+    by_reference = self.location.path is not None
     futures = [
       self._arrays[name][start : start + rows].write(
-        x[:rows], can_reference_source_data_indefinitely=True
+        x[:rows], can_reference_source_data_indefinitely=by_reference
       )
       for name, x in self._buffer.items()
     ]
@@ -331,17 +355,18 @@ class Writer:
     flight, self._flight = self._flight, None
     if flight is None:
       return
-    try:
-      for future in flight.futures:
-        self.location.finish(future, f"writing shard {flight.shard}")
-    finally:
-      for future in flight.futures:
-        future.exception()  # nobody else may write while one is on its way
-    self._spare.append(self._flying)
     start = flight.shard * layout.SHARD_ROWS
     holes = [h for h in self._part.value["holes"] if h[0] != start]
     end = max(self.committed, start + flight.rows)
-    self._commit(flight.documents, flight.state, committed=end, holes=holes)
+    try:
+      for future in flight.futures:
+        self.location.finish(future, f"writing shard {flight.shard}")
+      self._commit(flight.documents, flight.state, committed=end, holes=holes)
+    except BaseException:
+      self._flight = flight
+      self.abandon()  # the rows are gone; those behind them must not come
+      raise
+    self._spare.append(self._flying)
 
   def _commit(self, documents, state, **changes) -> None:
     there = self._part.value
@@ -355,8 +380,9 @@ class Writer:
       self.location.write(changes["state"], state)
     changes["seconds"] = time.perf_counter() - self._began
     try:
-      self._part.replace(there | changes)
+      # First: who has lost the part must not write over its new owner's count.
       self._release.renew()
+      self._part.replace(there | changes)
     except storage.Conflict as e:
       raise BlockingIOError(
         f"Another process has taken over {self.location}. This one stops; "
@@ -370,9 +396,12 @@ class Writer:
     """Writes what is left and marks the part as complete.
 
     Raises:
-      ValueError: holes are left that no rows came for.
+      ValueError: holes are left that no rows came for; the writer has stopped.
       OSError: the place is full or refuses the write.
     """
+    if self.complete and not self._writing:
+      return
+    self._check_writing()
     try:
       if self._filled:
         self._flush()
@@ -402,13 +431,14 @@ class Writer:
     except BaseException:
       self.abandon()
       raise
+    self._writing = False
     self._release()
 
   def abandon(self) -> None:
     """Lets go of the part; what is committed stays."""
     for future in self._flight.futures if self._flight else ():
       future.exception()  # waits, so that nobody else writes meanwhile
-    self._flight = None
+    self._flight, self._writing = None, False
     self._release()
 
 

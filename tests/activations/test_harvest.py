@@ -1,6 +1,7 @@
 """Harvested rows are the model's sites at the positions that count."""
 
 import dataclasses
+import hashlib
 import importlib
 import logging
 
@@ -14,30 +15,14 @@ from gemma_jax.activations import (
   ActivationStore,
   harvest,
   is_complete,
+  layout,
   store_path,
 )
-from gemma_jax.activations import store as store_lib
-from gemma_jax.data import Windows, fingerprint
+from gemma_jax.activations.store import read_manifest
+from gemma_jax.data import fingerprint
+from tests.activations.windows import BOS, CONTEXT, PAD, SITES, make_windows
 
-SITES = ("blocks.1.mlp_in", "blocks.1.mlp_out")
-BOS, PAD, CONTEXT = 2, 0, 12
 harvest_lib = importlib.import_module("gemma_jax.activations.harvest")
-
-
-def make_windows(count, seed=0):
-  """Windows of 12 tokens of three documents, each padded by its own amount."""
-  rng = np.random.default_rng(seed)
-  tokens = rng.integers(4, 200, (count, CONTEXT)).astype(np.int32)
-  tokens[:, 0] = BOS
-  mask = np.ones((count, CONTEXT), bool)
-  mask[:, 0] = False
-  document = np.sort(rng.integers(0, 3, (count, 1)), axis=0)
-  document = np.repeat(document, CONTEXT, 1).astype(np.int32)
-  for i, length in enumerate(rng.integers(1, CONTEXT, count)):
-    tokens[i, length:], mask[i, length:] = PAD, False
-    document[i, length:] = -1
-  names = tuple((f"id{i}", "source", f"name{i}") for i in range(3))
-  return Windows(tokens, mask, document, names)
 
 
 @pytest.fixture(scope="module", params=["gemma2-tiny", "gemma3-tiny"])
@@ -53,12 +38,21 @@ def gemma2(one_device):
 @pytest.fixture
 def small_shards(monkeypatch):
   """Shards of 20 rows, so that a few windows fill several."""
-  monkeypatch.setattr(store_lib, "SHARD_ROWS", 20)
-  monkeypatch.setattr(store_lib, "CHUNK_ROWS", 10)
+  monkeypatch.setattr(layout, "SHARD_ROWS", 20)
+  monkeypatch.setattr(layout, "CHUNK_ROWS", 10)
+
+
+def files(path):
+  """Hash of every file that holds rows, documents or statistics."""
+  return {
+    p.relative_to(path): hashlib.sha256(p.read_bytes()).hexdigest()
+    for p in sorted(path.rglob("*"))
+    if p.is_file() and p.name not in (layout.PART, ".lock")
+  }
 
 
 def read_all(store):
-  names = (*store.sites, *store_lib.LABELS)
+  names = (*store.sites, *layout.LABELS)
   return {name: store.read(0, len(store), name) for name in names}
 
 
@@ -114,13 +108,21 @@ def test_the_store_says_what_made_it(gemma2, tmp_path):
   store = harvest(gemma2, windows, SITES, tmp_path, batch_size=2)
   assert store.metadata == {
     "model": str(gemma2.directory),
+    "model_fingerprint": harvest_lib.fingerprint_model(gemma2.directory),
     "family": gemma2.config.family,
-    "windows": fingerprint(windows),
-    "batch_size": 2,
-    "documents": 3,
-    "context": CONTEXT,
     "compute_dtype": "float32",
+    "backend": "cpu",
   }
+  (part,) = store.parts
+  assert part["made_by"] == {
+    "windows": fingerprint(windows),
+    "fields": {},
+    "batch_size": 2,
+    "context": CONTEXT,
+    "keep": [1.0, 0],
+    "covariance": False,
+  }
+  assert store.documents == list(windows.documents)
   assert store.sites == dict.fromkeys(SITES, gemma2.config.width)
 
 
@@ -171,38 +173,57 @@ def test_a_complete_store_needs_no_model(gemma2, tmp_path):
     np.testing.assert_array_equal(after[name], x)
 
 
+def broken_off(monkeypatch, batches, *args, **options):
+  """Harvests until so many batches were launched; returns rows committed."""
+  real, calls = harvest_lib._Harvest._launch, []
+
+  def breaks_off(self, job):
+    calls.append(job)
+    if len(calls) > batches:
+      raise KeyboardInterrupt
+    return real(self, job)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(harvest_lib._Harvest, "_launch", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+      harvest(*args, **options)
+  root, manifest = read_manifest(args[3])
+  return layout.parts(root, manifest)[0]["committed"]
+
+
+def launches(monkeypatch):
+  """A list that every launched batch's first row is put into."""
+  real, rows = harvest_lib._Harvest._launch, []
+
+  def noted(self, job):
+    rows.append(job["row"])
+    return real(self, job)
+
+  monkeypatch.setattr(harvest_lib._Harvest, "_launch", noted)
+  return rows
+
+
 @pytest.mark.parametrize("batches", [1, 4])
 def test_an_interrupted_harvest_ends_as_one_left_alone(
   batches, gemma2, small_shards, tmp_path, monkeypatch
 ):
   windows = make_windows(16)
   whole = harvest(gemma2, windows, SITES, tmp_path / "a", batch_size=3)
-  real, calls = harvest_lib._launch, []
-
-  def breaks_off(*args):
-    calls.append(args[2])
-    if len(calls) > batches:
-      raise KeyboardInterrupt
-    return real(*args)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(harvest_lib, "_launch", breaks_off)
-    with pytest.raises(KeyboardInterrupt):
-      harvest(gemma2, windows, SITES, tmp_path / "b", batch_size=3)
+  args = gemma2, windows, SITES, tmp_path / "b"
+  committed = broken_off(monkeypatch, batches, *args, batch_size=3)
   assert not is_complete(tmp_path / "b")
-  committed = store_lib.read_manifest(tmp_path / "b")["committed"]
-  starts = []
-  monkeypatch.setattr(
-    harvest_lib, "_launch", lambda *a: starts.append(a[2]) or real(*a)
-  )
-  again = harvest(gemma2, windows, SITES, tmp_path / "b", batch_size=3)
+  starts = launches(monkeypatch)
+  # Without a batch size, that of the interrupted one is gone on with.
+  again = harvest(*args)
   expected = read_all(whole)
   for name, x in read_all(again).items():
     np.testing.assert_array_equal(x, expected[name])
-  # Only windows from the first uncommitted row on are computed again.
-  rows = np.cumsum([0, *windows.mask.sum(1)])
-  first = next(i for i in range(16) if rows[i + 1] > committed)
-  assert starts[0] == first // 3 * 3
+  assert files(tmp_path / "a") == files(tmp_path / "b")
+  # Only batches that hold an uncommitted row, or one that the statistics
+  # lack, are computed again.
+  rows = np.cumsum([0, *windows.mask.sum(1)])[::3]
+  assert starts[0] in rows
+  assert committed - starts[0] <= np.diff(rows).max()
   assert batches < 4 or committed > 0
 
 

@@ -204,10 +204,10 @@ def test_a_batch_with_nan_stops_names_the_step_and_keeps_the_checkpoint(
   def poisoned(*args, **kwargs):
     task = real(*args, **kwargs)
 
-    def batches(start):
-      for step, batch in enumerate(task.batches(start), start):
+    def batches(start, sharding):
+      for step, batch in enumerate(task.batches(start, sharding), start):
         if step == 47:
-          batch["x"] = np.full_like(batch["x"], np.nan)
+          batch["x"] = batch["x"] * np.nan
         yield batch
 
     return loop.dataclasses.replace(task, batches=batches)

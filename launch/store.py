@@ -112,7 +112,7 @@ def _done(found) -> list[str]:
   if any(end.startswith("state/") for end in ends):
     lines.append(
       "The statistics are dropped: `python -m launch.store stats` measures "
-      "them when the store is complete."
+      "them, when the store is complete, if the harvest does not."
     )
   if any(end.startswith("documents/") for end in ends):
     lines.append("Documents are to be named again.")
@@ -286,7 +286,8 @@ def _stats(where: str) -> int:
     for o in outliers[:5]:
       print(
         f"  outlier              norm {o['norm']:.4g} (z {o['z']:.3g}) at "
-        f"position {o['position']} of {o['name'] or o['id']}"
+        f"position {o['position']} of "
+        f"{o['name'] or o['id'] or 'document {}'.format(o['document'])}"
       )
   print(f"{root}/stats.json", *paths)
   return 0

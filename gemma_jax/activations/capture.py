@@ -117,14 +117,16 @@ def fitting_batch(
       f"{limit / 2**30:.2f} GiB are free. Use a shorter context, fewer sites, "
       "or a mesh of more devices."
     )
-  # Memory is a straight line in the batch; the last compilation makes sure.
+  # Memory is about a straight line in the batch; compiling makes sure.
   slope = max(second - first, 1)
-  batch = min(most, ways * int(1 + (limit - first) // slope))
-  batch = ways * 2 ** ((batch // ways).bit_length() - 1)
-  while batch > ways and (found := needs(batch)) > limit:
+  steps = min(most // ways, int(1 + (limit - first) // slope))
+  batch = ways * 2 ** (steps.bit_length() - 1)
+  found = needs(batch)
+  while found > limit:
     batch //= 2
-  if batch == ways:
-    found = first
+    found = needs(batch)
+  while 2 * batch <= most and (larger := needs(2 * batch)) <= limit:
+    batch, found = 2 * batch, larger
   log.info(
     "batch_size=%d windows: %.2f GiB of %.2f GiB that are free per device",
     batch,

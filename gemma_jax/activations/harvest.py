@@ -208,7 +208,7 @@ class _Harvest:
     self.width = capturing.widths(model, capture)
     stream = isinstance(windows, WindowStream)
     fields = windows.fields if stream else {}
-    self.sources = windows.sources if stream else ("",)
+    self.sources = windows.sources
     self.context = fields["context"] if stream else int(windows.tokens.shape[1])
     self.expected = (
       fields.get("max_tokens") if stream else int(windows.num_tokens)

@@ -12,6 +12,7 @@ the parts in their order.
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -132,7 +133,7 @@ def unpack_documents(data: bytes) -> list[tuple[str, str, str]]:
   try:
     lines = gzip.decompress(data).decode().splitlines()
     return [tuple(json.loads(line)) for line in lines]
-  except (OSError, EOFError, ValueError) as e:
+  except (OSError, EOFError, ValueError, zlib.error) as e:
     raise ValueError(f"documents that are damaged ({e})") from e
 
 

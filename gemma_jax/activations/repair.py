@@ -11,7 +11,7 @@ import tensorstore as ts
 
 from gemma_jax import progress
 from gemma_jax.activations import layout, storage
-from gemma_jax.activations.layout import MANIFEST, PART, SHARD_ROWS
+from gemma_jax.activations.layout import MANIFEST, PART
 from gemma_jax.activations.storage import Document, Location
 from gemma_jax.activations.store import (
   Damage,
@@ -56,7 +56,11 @@ def verify(where: str | os.PathLike) -> list[Damage]:
   broken = _broken_manifest(where)
   if broken is not None:
     return [broken]
-  with contextlib.closing(_bar(parts := _parts(where))) as bar:
+  parts = _parts(where)
+  total = sum(
+    part.bytes(name, b - a) for part in parts for name, a, b in part.shards()
+  )
+  with progress.bar(total, "verify", unit="B") as bar:
     return [damage for part in parts for damage in part.damages(bar)]
 
 
@@ -68,7 +72,7 @@ def repair(where: str | os.PathLike) -> list[Damage]:
   documents are to be named again. Damaged statistics are dropped; `measure`
   takes them from the rows. A damaged `part.json` gives up its part, and a
   damaged manifest is written anew by the harvests that made the store; both
-  are kept aside. A sound store is left as it is.
+  are set aside. A sound store is left as it is.
 
   Args:
     where: the store: a path, or a URL.
@@ -150,9 +154,9 @@ class _Part:
     """(array, start, stop) of what is committed, in the part's rows."""
     holes = {start for start, _ in self.value["holes"]} if self.value else ()
     for name in self.kinds:
-      for a in range(0, self.stop - self.start, SHARD_ROWS):
+      for a in range(0, self.stop - self.start, layout.SHARD_ROWS):
         if a not in holes:
-          yield name, a, min(a + SHARD_ROWS, self.stop - self.start)
+          yield name, a, min(a + layout.SHARD_ROWS, self.stop - self.start)
 
   def bytes(self, name: str, rows: int) -> int:
     """Of so many rows of an array, in memory."""
@@ -187,7 +191,7 @@ class _Part:
         bar.update(self.bytes(name, b - a))
 
     for name, a, b in self.shards():
-      key = layout.shard_key(name, a // SHARD_ROWS, self.kinds[name][0])
+      key = layout.shard_key(name, a // layout.SHARD_ROWS, self.kinds[name][0])
       if only is not None and self.prefix + key not in only:
         continue
       while flights and (
@@ -278,13 +282,6 @@ def _parts(where) -> list[_Part]:
   return parts
 
 
-def _bar(parts: Sequence[_Part]):
-  total = sum(
-    part.bytes(name, b - a) for part in parts for name, a, b in part.shards()
-  )
-  return progress.bar(total, "verify", unit="B")
-
-
 def _broken_manifest(where) -> Damage | None:
   """The damage of a manifest; None where it can be read, or is not there.
 
@@ -299,7 +296,7 @@ def _broken_manifest(where) -> Damage | None:
     with contextlib.suppress(ValueError):
       there = json.loads(root.read(MANIFEST))
     if isinstance(there, dict) and "checksum" not in there:
-      raise
+      layout.check_format(root, there)
     return Damage("manifest", 0, 0, MANIFEST, str(e.__cause__ or e))
   return None
 
@@ -365,10 +362,13 @@ def _take_out(part: _Part, damages: Sequence[Damage]) -> None:
         kept, count = changes["document_files"], there["document_files"]
         after += map(layout.documents_key, range(kept, count))
     else:
-      a = (damage.start - part.start) // SHARD_ROWS * SHARD_ROWS
-      holes.add((a, min(a + SHARD_ROWS, there["committed"])))
+      a = (damage.start - part.start) // layout.SHARD_ROWS * layout.SHARD_ROWS
+      holes.add((a, min(a + layout.SHARD_ROWS, there["committed"])))
       part.location.delete(key)
   changes["holes"] = [list(hole) for hole in sorted(holes)]
+  if holes and "state" in changes:
+    # The harvest that fills them runs, and can take the statistics anew.
+    changes["complete"] = False
   if changes != {"holes": there["holes"]}:
     part.document.replace(there | changes)
   for key in after:

@@ -354,10 +354,13 @@ def write_statistics(
 def name_outliers(
   store: ActivationStore, summary: dict[str, Any]
 ) -> dict[str, Any]:
-  """Adds the document's id, source and name to every outlier."""
+  """Adds the document's id, source and name to every outlier, if it has any."""
+  documents = store.documents
   for rows in summary["outliers"].values():
     for row in rows:
-      names = store.documents[row["document"]]
+      number = row["document"]
+      # Who writes a store without a harvest need not name its documents.
+      names = documents[number] if number < len(documents) else (None,) * 3
       row |= dict(zip(("id", "source", "name"), names, strict=True))
   return summary
 

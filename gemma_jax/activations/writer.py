@@ -165,6 +165,10 @@ class Writer:
         name: layout.create(self.location, name, *kind)
         for name, kind in kinds.items()
       }
+    # Whoever was killed may have left a state that no commit names.
+    for key in self.location.keys("state/"):
+      if there is None or key != there["state"]:
+        self.location.delete(key)
     self._arrays = {
       name: self.location.finish(future, f"opening {name}")
       for name, future in opened.items()
@@ -370,6 +374,11 @@ class Writer:
 
   def _commit(self, documents, state, **changes) -> None:
     there = self._part.value
+    try:
+      # Who has lost the part must not write over what its new owner wrote.
+      self._release.renew()
+    except storage.Conflict as e:
+      raise self._lost() from e
     if documents:
       name = layout.documents_key(there["document_files"])
       self.location.write(name, layout.pack_documents(documents))
@@ -380,16 +389,17 @@ class Writer:
       self.location.write(changes["state"], state)
     changes["seconds"] = time.perf_counter() - self._began
     try:
-      # First: who has lost the part must not write over its new owner's count.
-      self._release.renew()
       self._part.replace(there | changes)
     except storage.Conflict as e:
-      raise BlockingIOError(
-        f"Another process has taken over {self.location}. This one stops; "
-        "what it had committed is kept."
-      ) from e
+      raise self._lost() from e
     if there["state"] not in (None, self._part.value["state"]):
       self.location.delete(there["state"])
+
+  def _lost(self) -> BlockingIOError:
+    return BlockingIOError(
+      f"Another process has taken over {self.location}. This one stops; what "
+      "it had committed is kept."
+    )
 
   # ---------------------------------------------------------------- closing
   def close(self) -> None:

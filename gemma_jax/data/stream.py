@@ -1,5 +1,6 @@
 """Windows of a corpus, made while they are used: stratified, exact, flat."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -116,7 +117,8 @@ class WindowStream:
 
   def collect(self) -> Windows:
     """All windows, in memory."""
-    return bundling.gather(self, self._max_tokens)
+    windows = bundling.gather(self, self._max_tokens)
+    return dataclasses.replace(windows, sources=self.sources)
 
   @property
   def fields(self) -> dict[str, Any]:

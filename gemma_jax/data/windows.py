@@ -40,6 +40,7 @@ class Windows:
     source: int32 [W], the window's index into the sources of its stream; 0
       where there are no strata.
     first_document: running index of `documents[0]`.
+    sources: names that `source` counts through.
   """
 
   tokens: np.ndarray
@@ -50,6 +51,7 @@ class Windows:
   end: np.ndarray | None = None
   source: np.ndarray | None = None
   first_document: int = 0
+  sources: tuple[str, ...] = ("",)
 
   def __post_init__(self):
     # Windows that somebody else made know nothing of bytes and strata.

@@ -26,12 +26,14 @@ def make_rows(n, dtype="float32", seed=0):
   rng = np.random.default_rng(seed)
   number = np.arange(n, dtype=np.int32)
   at = dict(zip(LABELS, range(2, 8), strict=True))
-  return {
-    site: rng.normal(size=(n, width)).astype(jnp.dtype(dtype))
-    for site, width in SITES.items()
-  } | {
-    name: number * at[name] + seed for name in LABELS
-  } | {"document": number // DOCUMENT, "source": number % 5 % len(SOURCES)}
+  return (
+    {
+      site: rng.normal(size=(n, width)).astype(jnp.dtype(dtype))
+      for site, width in SITES.items()
+    }
+    | {name: number * at[name] + seed for name in LABELS}
+    | {"document": number // DOCUMENT, "source": number % 5 % len(SOURCES)}
+  )
 
 
 def make_documents(n, prefix=""):
@@ -55,11 +57,12 @@ def make_writer(where, dtype="float32", *, metadata=None, **options):
   )
 
 
-def feed(writer, rows, *, block=37, stop=None):
-  """Appends the blocks from the first that the store lacks to row `stop`."""
+def feed(writer, rows, *, block=37, start=None, stop=None):
+  """Appends rows in blocks; by default all that the store lacks."""
   n = len(rows["token"]) if stop is None else stop
+  first_row = writer.committed // block * block if start is None else start
   documents = make_documents(len(rows["token"]))
-  for start in range(writer.committed // block * block, n, block):
+  for start in range(first_row, n, block):
     some = cut(rows, start, min(start + block, n))
     first, last = -(-start // DOCUMENT), some["document"][-1] + 1
     writer.append(

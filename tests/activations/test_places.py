@@ -83,8 +83,8 @@ def test_a_writer_whose_lease_ran_out_stops_when_another_took_over(
   feed(slow, rows, stop=100)
   monkeypatch.setattr(writing, "LEASE_SECONDS", 600.0)
   with make_writer(place) as quick:
-    with pytest.raises(BlockingIOError, match="has taken over .* This one"):
-      feed(slow, rows, stop=300)
+    with pytest.raises(BlockingIOError, match=r"has taken over .* This one"):
+      feed(slow, rows, start=100)
     with pytest.raises(BlockingIOError, match="ends by itself in at most"):
       make_writer(place)
     feed(quick, rows)
@@ -113,7 +113,7 @@ def test_a_file_that_is_gone_is_an_error_and_not_zeros(place):
   rows = make_rows(200)
   store = write(place, rows)
   Location(place).delete(data_key(SHARD))
-  with pytest.raises(OSError, match="rows 64 to 79.*launch.store repair"):
+  with pytest.raises(OSError, match=r"rows 64 to 79.*launch.store repair"):
     store.read(60, 130, READ)
   found = [(d.start, d.stop) for d in damages(store, READ, 0, 200)]
   assert found == [(64, 80), (80, 96), (96, 112), (112, 128)]

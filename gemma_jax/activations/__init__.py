@@ -3,6 +3,7 @@
 from gemma_jax.activations.capture import fitting_batch
 from gemma_jax.activations.harvest import harvest, store_path
 from gemma_jax.activations.layout import DTYPES
+from gemma_jax.activations.live import ModelStream
 from gemma_jax.activations.normalise import Normalisation
 from gemma_jax.activations.statistics import Statistics, measure
 from gemma_jax.activations.store import ActivationStore, is_complete
@@ -12,6 +13,7 @@ from gemma_jax.activations.writer import Writer
 __all__ = [
   "DTYPES",
   "ActivationStore",
+  "ModelStream",
   "Normalisation",
   "Statistics",
   "Stream",

@@ -160,8 +160,3 @@ def test_a_place_without_a_store_says_so(place):
 def test_a_bucket_that_does_not_exist_is_one_clear_error(bucket):
   with pytest.raises(OSError, match="Check that the place exists"):
     make_writer("s3://another-bucket/store")
-
-
-def test_a_scheme_that_is_unknown_lists_those_that_are_not():
-  with pytest.raises(ValueError, match="file://, gs://, s3://, memory://"):
-    ActivationStore.open("ftp://host/store")

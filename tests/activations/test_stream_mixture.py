@@ -58,7 +58,7 @@ def shares(batches, stores):
     ((5, 3, 2), 100, (50, 30, 20)),
     ((0.5, 0.25, 0.25), 64, (32, 16, 16)),
     # In floating point 0.29 * 100 is less than 29.
-    ((0.29, 0.57, 0.14), 100, (29, 57, 14)),
+    ((0.29, 0.71), 100, (29, 71)),
     ((0.1, 0.2, 0.7), 10, (1, 2, 7)),
     ((1, 1, 1), 99, (33, 33, 33)),
   ],
@@ -66,6 +66,7 @@ def shares(batches, stores):
 def test_every_batch_holds_exactly_the_share_of_each_store(
   weights, batch, expected, stores
 ):
+  stores = stores[: len(weights)]
   found = shares(take(stores, batch, 200, weights=weights), stores)
   np.testing.assert_array_equal(found, [expected] * 200)
 

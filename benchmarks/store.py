@@ -1,6 +1,6 @@
 """GB/s of an activation store: ours against NumPy's files.
 
-  python benchmarks/store.py [--gib=2] [--width=2304] [--rounds=3] [--json]
+  python benchmarks/store.py [--gib=4] [--width=2304] [--rounds=3] [--json]
 
 The same bfloat16 vectors of one site. Writing, batch by batch, until the
 bytes are on the disk: a store (with checksums, labels and manifest), `.npy`
@@ -25,9 +25,10 @@ from absl import app, flags
 from gemma_jax.activations import ActivationStore, Writer
 from gemma_jax.activations.layout import LABELS, SHARD_ROWS
 
-GIB = flags.DEFINE_float("gib", 2.0, "Size of the vectors.")
+GIB = flags.DEFINE_float("gib", 4.0, "Size of the vectors.")
 WIDTH = flags.DEFINE_integer("width", 2304, "D.")
 BATCH = flags.DEFINE_integer("batch", 4096, "Rows in a batch of the stream.")
+BUFFER = flags.DEFINE_integer("buffer_rows", 2**15, "Rows of a block.")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that each is run.")
 WARM = flags.DEFINE_bool("warm", False, "Read from the page cache.")
 PLACE = flags.DEFINE_string("dir", None, "Where; default: a temporary place.")
@@ -97,7 +98,7 @@ def checksum(x) -> int:
 
 def read_store(directory):
   store = ActivationStore.open(directory)
-  batches = store.stream(BATCH.value, 0)
+  batches = store.stream(BATCH.value, 0, buffer_rows=BUFFER.value)
   total = 0
   for _ in range(len(store) // BATCH.value):
     total += checksum(next(batches)[SITE])

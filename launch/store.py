@@ -24,14 +24,11 @@ from absl import logging as absl_logging
 
 from gemma_jax.activations import layout
 from gemma_jax.activations.merge import merge
+from gemma_jax.activations.records import write_statistics
 from gemma_jax.activations.repair import repair, verify
 from gemma_jax.activations.statistics import measure
 from gemma_jax.activations.storage import Location
-from gemma_jax.activations.store import (
-  ActivationStore,
-  read_manifest,
-  write_statistics,
-)
+from gemma_jax.activations.store import ActivationStore, read_manifest
 
 log = logging.getLogger("gemma_jax")
 

@@ -18,14 +18,16 @@ from jax.experimental import multihost_utils
 from gemma_jax import cache, data, machine, progress
 from gemma_jax.activations import capture as capturing
 from gemma_jax.activations import layout
+from gemma_jax.activations.records import (
+  load_statistics,
+  save_statistics,
+  write_statistics,
+)
 from gemma_jax.activations.statistics import Statistics
 from gemma_jax.activations.store import (
   ActivationStore,
   is_complete,
-  load_statistics,
   read_manifest,
-  save_statistics,
-  write_statistics,
 )
 from gemma_jax.activations.writer import Writer
 from gemma_jax.data import Windows, WindowStream
@@ -303,18 +305,15 @@ class _Harvest:
     elif self.with_statistics:
       self.covered = 0
     # Of every process: all must run the same batches.
-    there = [self.covered, writer.committed, int(writer.complete)]
+    everyone = np.asarray([divmod(self.covered, 2**31)], np.int32)
+    self.parts = [writer.description]
     if jax.process_count() > 1:
-      if writer.holes:
-        raise ValueError(
-          f"{writer.location} has holes, which only one process can fill. "
-          "Delete the store and harvest again."
-        )
-      halves = np.asarray([divmod(n, 2**31) for n in there], np.int32)
-      halves = multihost_utils.process_allgather(halves).astype(np.int64)
-      self.everyone = halves[..., 0] * 2**31 + halves[..., 1]
-    else:
-      self.everyone = np.asarray([there])
+      everyone = multihost_utils.process_allgather(everyone[0])
+      self.parts = layout.parts(*read_manifest(self.where))
+      # Nobody writes before everybody has read.
+      multihost_utils.sync_global_devices("resume")
+    high, low = everyone.astype(np.int64).T
+    self.everyone = high * 2**31 + low
 
   def _check_space(self, writer: Writer) -> None:
     if writer.location.path is None or self.expected is None:
@@ -358,11 +357,12 @@ class _Harvest:
       )
       end = rows + counts
       me = jax.process_index()
-      covered, committed, complete = self.everyone.T
-      lacking = (end > covered) | (~complete.astype(bool) & (end > committed))
-      lacking &= counts > 0
-      if len(owners) == 1:
-        lacking |= writer.needs(int(rows[0]), int(end[0]))
+      lacking = [
+        b > covered or layout.lacks(part, int(a), int(b))
+        for part, covered, a, b in zip(
+          self.parts, self.everyone, rows, end, strict=True
+        )
+      ]
       job = {
         "windows": windows,
         "valid": valid,
@@ -371,7 +371,7 @@ class _Harvest:
       }
       rows = end
       known = windows.first_document + len(windows.documents)
-      if lacking.any() or known > writer.documents:
+      if any(lacking) or known > writer.documents:
         yield job
 
   def _owners(self) -> list[np.ndarray]:

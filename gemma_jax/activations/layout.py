@@ -33,6 +33,7 @@ DTYPES = ("bfloat16", "float32", "int8")
 # of its document; its position in the window; the number of its source; and
 # its bytes in the document's UTF-8 text, begin:end.
 LABELS = ("token", "document", "position", "source", "begin", "end")
+TOGETHER = "labels"  # the array that holds them, [N, 6]: one file, not six
 SCALE = ".scale"  # beside an int8 site: float32 [N]
 
 CHECKED = {"name": "crc32c"}
@@ -46,7 +47,7 @@ PACKED = [
       "cname": "zstd",
       "clevel": 1,
       "shuffle": "shuffle",
-      "typesize": 4,
+      "typesize": 4 * len(LABELS),
       "blocksize": 0,
     },
   },
@@ -69,6 +70,13 @@ def parts(
   ]
 
 
+def lacks(part: Mapping[str, Any], start: int, stop: int) -> bool:
+  """Whether any of a part's rows start:stop is still to be written."""
+  if stop > part["committed"] and not part["complete"]:
+    return start < stop
+  return any(start < b and a < stop for a, b in part["holes"])
+
+
 def arrays(
   sites: Mapping[str, int], dtype: str
 ) -> dict[str, tuple[tuple[int, ...], str, list]]:
@@ -76,7 +84,7 @@ def arrays(
   out = {site: ((width,), dtype, PLAIN) for site, width in sites.items()}
   if dtype == "int8":
     out |= {f"{site}{SCALE}": ((), "float32", PLAIN) for site in sites}
-  return out | {label: ((), "int32", PACKED) for label in LABELS}
+  return out | {TOGETHER: ((len(LABELS),), "int32", PACKED)}
 
 
 def create(

@@ -8,10 +8,10 @@ from typing import Any
 
 from gemma_jax import progress
 from gemma_jax.activations import layout, storage
+from gemma_jax.activations.claim import LEASE_SECONDS, lock
 from gemma_jax.activations.layout import MANIFEST, PART
 from gemma_jax.activations.storage import Document, Location
 from gemma_jax.activations.store import ActivationStore, read_manifest
-from gemma_jax.activations.writer import LEASE_SECONDS, _lock
 
 __all__ = ["merge"]
 
@@ -90,7 +90,7 @@ class _Source:
           f"{root} is incomplete in part {i}. Run its harvest again, which "
           "writes what is missing, then merge."
         )
-      tokens = layout.shard_key("token", 0, ())
+      tokens = layout.shard_key(layout.TOGETHER, 0, layout.LABELS)
       self.parts.append(value | {"tokens": self.at(i).read(tokens)})
 
   def at(self, index: int) -> Location:
@@ -160,7 +160,7 @@ def _add(source: _Source, index: int, root, manifest: Document, bar) -> None:
   there = manifest.value
   number = there["parts"] if there else 0
   to = Location(f"{root}/{layout.part_name(number)}")
-  release = _lock(to)
+  release = lock(to)
   try:
     manifest.reload()
     if manifest.value != there:

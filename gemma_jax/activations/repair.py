@@ -11,15 +11,12 @@ import tensorstore as ts
 
 from gemma_jax import progress
 from gemma_jax.activations import layout, storage
+from gemma_jax.activations.claim import lock
 from gemma_jax.activations.layout import MANIFEST, PART
+from gemma_jax.activations.reading import Damage, damaged_chunks
+from gemma_jax.activations.records import load_statistics
 from gemma_jax.activations.storage import Document, Location
-from gemma_jax.activations.store import (
-  Damage,
-  damaged_chunks,
-  load_statistics,
-  read_manifest,
-)
-from gemma_jax.activations.writer import _lock
+from gemma_jax.activations.store import read_manifest
 
 __all__ = ["repair", "verify"]
 
@@ -92,7 +89,7 @@ def repair(where: str | os.PathLike) -> list[Damage]:
   found = []
   for part in _parts(where):
     if any(key.startswith(part.prefix) for key in keys):
-      release = _lock(part.location)
+      release = lock(part.location)
       try:
         # A writer may have been at work since.
         part.load()

@@ -18,6 +18,9 @@ import tensorstore as ts
 # One for the process: `memory://` lives in it, and readers share its threads.
 # No cache: every chunk is read once per epoch.
 CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+# Mapped files are checked and copied where they lie in the page cache; read
+# into fresh memory, page faults would take most of the time.
+READING = ts.Context({"file_io_mode": {"mode": "memmap"}}, CONTEXT)
 # The AWS tools' variables for a server that is not Amazon's.
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 SCHEMES = ("file", "gs", "s3", "memory")
@@ -233,6 +236,7 @@ def _unseal(data: bytes, where: str) -> dict[str, Any]:
     return value
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise ValueError(
-      f"{where} is damaged or was written by another version ({e}). Delete "
-      "the store and harvest again."
+      f"{where} is damaged or was written by another version ({e}). `python "
+      "-m launch.store repair` on the store sets it aside; the same harvest "
+      "then writes it again."
     ) from e

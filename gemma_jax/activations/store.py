@@ -1,45 +1,20 @@
 """Activations at rest: rows of vectors by site, and what stands beside them."""
 
 import functools
-import io
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from gemma_jax.activations import layout, storage
-from gemma_jax.activations.layout import LABELS, MANIFEST, SCALE
+from gemma_jax.activations.layout import LABELS, MANIFEST
+from gemma_jax.activations.reading import Reading, remedy
+from gemma_jax.activations.records import load_statistics
 from gemma_jax.activations.statistics import Statistics
 from gemma_jax.activations.storage import Document, Location
 from gemma_jax.activations.stream import Stream
-
-
-class Damage(NamedTuple):
-  """Rows of an array that cannot be read, or another file of the store.
-
-  Attributes:
-    array: a site or a label, or what else the file holds.
-    start: first row, counted through the store.
-    stop: behind the last; `start` where no row is touched.
-    key: the file, below the store.
-    reason: what TensorStore says.
-  """
-
-  array: str
-  start: int
-  stop: int
-  key: str
-  reason: str
-
-  def __str__(self) -> str:
-    rows = f", rows {self.start} to {self.stop - 1}"
-    return (
-      f"{self.key}: {self.array}{rows * (self.start < self.stop)}: "
-      f"{self.reason}"
-    )
 
 
 class _Part:
@@ -78,7 +53,7 @@ class _Part:
     self.kinds = layout.arrays(manifest["sites"], manifest["dtype"])
     self.arrays = {
       name: ts.open(
-        self.location.array(name), context=storage.CONTEXT, open=True, read=True
+        self.location.array(name), context=storage.READING, open=True, read=True
       )
       for name in self.kinds
     }
@@ -92,7 +67,7 @@ class _Part:
       except ValueError as e:
         raise ValueError(
           f"{self.location}/{name} is missing or damaged "
-          f"({storage.reason(e)}). {_remedy(self.location)}"
+          f"({storage.reason(e)}). {remedy(self.location)}"
         ) from e
       found = (
         array.shape,
@@ -103,17 +78,9 @@ class _Part:
       if found != expected:
         raise ValueError(
           f"{self.location}/{name}: shape, dtype and rows of a shard are "
-          f"{found}, expected {expected}. {_remedy(self.location)}"
+          f"{found}, expected {expected}. {remedy(self.location)}"
         )
       self.arrays[name] = array
-
-
-def _remedy(where) -> str:
-  root = str(where).split("/parts/")[0]
-  return (
-    f"`python -m launch.store repair {root}` takes out what is damaged; the "
-    "same harvest then writes it again."
-  )
 
 
 class ActivationStore:
@@ -209,7 +176,7 @@ class ActivationStore:
 
   @property
   def _help(self) -> str:
-    return _remedy(self.root)
+    return remedy(self.root)
 
   # ------------------------------------------------------------------ reading
   def empty(self, n: int, name: str) -> np.ndarray:
@@ -242,7 +209,7 @@ class ActivationStore:
     self.begin_read(start, out, name).finish()
     return out
 
-  def begin_read(self, start: int, out: np.ndarray, name: str) -> "Reading":
+  def begin_read(self, start: int, out: np.ndarray, name: str) -> Reading:
     """Begins to read rows from `start` into `out`; see `Reading.finish`."""
     return Reading(self, start, out, name)
 
@@ -328,139 +295,6 @@ class ActivationStore:
     return total
 
 
-def write_statistics(
-  store: ActivationStore, measured: Mapping[str, Statistics] | None = None
-) -> dict[str, Any]:
-  """Writes and returns `stats.json`: {site: summary}, outliers by name.
-
-  Args:
-    store: of any size; only its statistics are read.
-    measured: by site; None takes what the harvest measured, without the sites
-      that it did not.
-  """
-  found = {}
-  for site in store.sites:
-    if measured is None:
-      statistics = store.statistics(site)
-    else:
-      statistics = measured.get(site)
-    if statistics is not None:
-      found[site] = name_outliers(store, statistics.summary())
-  text = json.dumps(found, indent=1, allow_nan=False)
-  store.root.write("stats.json", text.encode())
-  return found
-
-
-def name_outliers(
-  store: ActivationStore, summary: dict[str, Any]
-) -> dict[str, Any]:
-  """Adds the document's id, source and name to every outlier, if it has any."""
-  documents = store.documents
-  for rows in summary["outliers"].values():
-    for row in rows:
-      number = row["document"]
-      # Who writes a store without a harvest need not name its documents.
-      names = documents[number] if number < len(documents) else (None,) * 3
-      row |= dict(zip(("id", "source", "name"), names, strict=True))
-  return summary
-
-
-class Reading:
-  """Rows on their way from a store into memory.
-
-  Args:
-    store: where from.
-    start: the first row.
-    out: where to, [n, ...], see `ActivationStore.empty`.
-    name: a site or a label.
-  """
-
-  def __init__(self, store: ActivationStore, start: int, out, name: str):
-    self._what = store, start, name
-    self._out = out
-    self._futures, self._after = [], []
-    stop = start + len(out)
-    scaled = store.dtype == "int8" and name not in LABELS
-    first = int(np.searchsorted(store._stops, start, "right"))
-    for part in store._parts[first:]:
-      a, b = max(start, part.start), min(stop, part.stop)
-      if a >= b:
-        break
-      into = out[a - start : b - start]
-      rows = slice(a - part.start, b - part.start)
-      if scaled:
-        q = np.empty(into.shape, np.int8)
-        scale = np.empty(len(into), np.float32)
-        self._send(part.arrays[name][rows], q)
-        self._send(part.arrays[f"{name}{SCALE}"][rows], scale)
-        self._after.append(
-          lambda q=q, s=scale, o=into: np.multiply(q, s[:, None], out=o)
-        )
-      else:
-        self._send(part.arrays[name][rows], into)
-      if name == "document" and part.first_document:
-        self._after.append(lambda o=into, p=part: o.__iadd__(p.first_document))
-      if name == "source":
-        self._after.append(
-          lambda o=into, p=part: o.put(np.arange(len(o)), p.renumber[o])
-        )
-
-  def _send(self, source, into) -> None:
-    # Straight into the caller's memory: no other copy is made.
-    self._futures.append(ts.array(into).write(source[ts.d[0].translate_to[0]]))
-
-  def finish(self) -> np.ndarray:
-    """Waits, and returns the rows.
-
-    Raises:
-      OSError: the data are missing or fail their checksum; names the chunk.
-    """
-    failed = None
-    for future in self._futures:
-      failed = failed or future.exception()
-    if failed is not None:
-      store, start, name = self._what
-      found = list(damages(store, name, start, start + len(self._out)))
-      where = "; ".join(map(str, found[:3])) or storage.reason(failed)
-      raise OSError(
-        f"{store.root} cannot be read: {where}. {store._help}"
-      ) from failed
-    for step in self._after:
-      step()
-    return self._out
-
-
-def damages(
-  store: ActivationStore, name: str, start: int, stop: int
-) -> Iterator[Damage]:
-  """The chunks among these rows of a site or label that cannot be read."""
-  names = [name]
-  if store.dtype == "int8" and name not in LABELS:
-    names.append(f"{name}{SCALE}")
-  for part in store._parts:
-    low, high = max(start, part.start), min(stop, part.stop)
-    for array in names:
-      yield from damaged_chunks(part, array, low, high)
-
-
-def damaged_chunks(part, array: str, start: int, stop: int) -> Iterator[Damage]:
-  """The chunks of a part's array among these rows that cannot be read."""
-  row = part.kinds[array][0]
-  at = start
-  while at < stop:
-    # Chunks count from the beginning of the part.
-    chunk = (at - part.start) // layout.CHUNK_ROWS
-    a = part.start + chunk * layout.CHUNK_ROWS
-    b = min(a + layout.CHUNK_ROWS, part.stop)
-    rows = slice(a - part.start, b - part.start)
-    error = part.arrays[array][rows].read().exception()
-    if error is not None:
-      shard = (a - part.start) // layout.SHARD_ROWS
-      key = part.prefix + layout.shard_key(array, shard, row)
-      yield Damage(array, a, b, key, storage.reason(error))
-    at = b
-
-
 def read_manifest(
   where: str | os.PathLike,
 ) -> tuple[Location, dict[str, Any]]:
@@ -495,36 +329,3 @@ def is_complete(where: str | os.PathLike) -> bool:
     part and part["complete"] and not part["holes"]
     for part in layout.parts(root, manifest)
   )
-
-
-def save_statistics(found: dict[str, Statistics], **more: int) -> bytes:
-  """Statistics of each site, and numbers, as bytes."""
-  out = io.BytesIO()
-  arrays = {
-    f"{site}|{name}": x
-    for site, statistics in found.items()
-    for name, x in statistics.state().items()
-  }
-  np.savez(out, **arrays, **{n: np.asarray(x) for n, x in more.items()})
-  return out.getvalue()
-
-
-def load_statistics(data: bytes, where: str) -> dict[str, Any]:
-  """What `save_statistics` saved: sites' statistics, and the numbers.
-
-  Raises:
-    OSError: damaged.
-  """
-  try:
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:
-      arrays = {name: file[name] for name in file.files}
-  except Exception as e:
-    raise OSError(f"{where} holds statistics that are damaged ({e}).") from e
-  out, states = {}, {}
-  for name, x in arrays.items():
-    site, separator, key = name.rpartition("|")
-    if separator:
-      states.setdefault(site, {})[key] = x
-    else:
-      out[name] = int(x)
-  return out | {s: Statistics.from_state(x) for s, x in states.items()}

@@ -1,12 +1,11 @@
 """Writes one part of a store, shard by shard; resumes where it was cut."""
 
+import collections
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +13,11 @@ import numpy as np
 import tensorstore as ts
 
 from gemma_jax.activations import layout, storage
+from gemma_jax.activations.claim import lock
 from gemma_jax.activations.layout import LABELS, MANIFEST, SCALE
 from gemma_jax.activations.storage import Document, Location
 
-# Where no lock of the operating system ends with its process, a writer that
-# has committed nothing for so long is taken for dead.
-LEASE_SECONDS = 600.0
+IN_FLIGHT = 2  # shards on their way to the disk while the next is gathered
 
 
 @dataclasses.dataclass
@@ -28,6 +26,7 @@ class _Flight:
 
   shard: int
   rows: int
+  buffer: dict[str, np.ndarray]
   futures: list[ts.Future]
   documents: list[Sequence[str]]
   state: bytes | None
@@ -83,7 +82,7 @@ class Writer:
     part = self._claim_manifest(_plain(metadata), made_by, part, parts, append)
     self.prefix = layout.part_name(part)
     self.location = Location(f"{self.root}/{self.prefix}")
-    self._release = _lock(self.location)
+    self._release = lock(self.location)
     try:
       self._open(made_by)
     except BaseException:
@@ -91,11 +90,11 @@ class Writer:
       raise
     self._kinds = layout.arrays(self._sites, dtype)
     self._state = state
-    # One set is filled while the other is written.
+    # One is filled while others are written.
     self._spare: list[dict[str, np.ndarray]] = []
     self._buffer: dict[str, np.ndarray] | None = None
     self._shard, self._filled = -1, 0
-    self._flight: _Flight | None = None
+    self._flights: collections.deque[_Flight] = collections.deque()
     self._documents: list[Sequence[str]] = []
     self._known = self._part.value["documents"]
     self._next = 0
@@ -194,8 +193,11 @@ class Writer:
   def __exit__(self, kind, error, traceback) -> None:
     if kind is None:
       self.close()
-    else:
-      self.abandon()
+      return
+    with contextlib.suppress(OSError):
+      while self._flights:  # what has arrived is kept
+        self._settle()
+    self.abandon()
 
   # ------------------------------------------------------------ what is there
   @property
@@ -209,9 +211,9 @@ class Writer:
     return self._part.value["complete"] and not self._part.value["holes"]
 
   @property
-  def holes(self) -> list[list[int]]:
-    """[start, stop] of rows that a repair took out."""
-    return self._part.value["holes"]
+  def description(self) -> dict[str, Any]:
+    """What the part says of itself."""
+    return dict(self._part.value)
 
   @property
   def documents(self) -> int:
@@ -226,10 +228,7 @@ class Writer:
 
   def needs(self, start: int, stop: int) -> bool:
     """Whether any of the rows start:stop is still to be written."""
-    there = self._part.value
-    if stop > there["committed"] and not there["complete"]:
-      return start < stop
-    return any(start < b and a < stop for a, b in there["holes"])
+    return layout.lacks(self._part.value, start, stop)
 
   # ---------------------------------------------------------------- writing
   def append(
@@ -255,6 +254,8 @@ class Writer:
     """
     self._check_writing()
     n = self._check(arrays)
+    while self._flights and all(f.done() for f in self._flights[0].futures):
+      self._settle()
     first_row = self._next if first_row is None else first_row
     self._next = first_row + n
     fresh = self._known - first_document
@@ -323,7 +324,10 @@ class Writer:
     rows = slice(offset, offset + take)
     for name, x in arrays.items():
       x = x[at : at + take]
-      if self._dtype == "int8" and name in self._sites:
+      if name in LABELS:
+        self._buffer[layout.TOGETHER][rows, LABELS.index(name)] = x
+        continue
+      if self._dtype == "int8":
         x, self._buffer[f"{name}{SCALE}"][rows] = layout.quantise(x)
       self._buffer[name][rows] = x
     self._filled += take
@@ -335,8 +339,9 @@ class Writer:
     }
 
   def _flush(self) -> None:
-    """Sends the buffer off, after the one before has arrived."""
-    self._settle()
+    """Sends the buffer off; waits while too many are on their way."""
+    while len(self._flights) >= IN_FLIGHT:
+      self._settle()
     start, rows = self._shard * layout.SHARD_ROWS, self._filled
     # A file has the bytes when it is written; `memory://` keeps what it was
     # given, and the buffer is filled again.
@@ -350,15 +355,15 @@ class Writer:
     # A hole's rows are in the statistics already.
     filling = self._part.value["complete"]
     state = self._state() if self._state and not filling else None
-    self._flight = _Flight(self._shard, rows, futures, self._documents, state)
-    self._flying, self._buffer = self._buffer, None
-    self._documents, self._filled, self._shard = [], 0, -1
+    self._flights.append(
+      _Flight(self._shard, rows, self._buffer, futures, self._documents, state)
+    )
+    self._buffer, self._documents = None, []
+    self._filled, self._shard = 0, -1
 
   def _settle(self) -> None:
-    """Waits for the shard in flight and commits it."""
-    flight, self._flight = self._flight, None
-    if flight is None:
-      return
+    """Waits for the first shard in flight and commits it."""
+    flight = self._flights[0]
     start = flight.shard * layout.SHARD_ROWS
     holes = [h for h in self._part.value["holes"] if h[0] != start]
     end = max(self.committed, start + flight.rows)
@@ -367,10 +372,10 @@ class Writer:
         self.location.finish(future, f"writing shard {flight.shard}")
       self._commit(flight.documents, flight.state, committed=end, holes=holes)
     except BaseException:
-      self._flight = flight
       self.abandon()  # the rows are gone; those behind them must not come
       raise
-    self._spare.append(self._flying)
+    self._flights.popleft()
+    self._spare.append(flight.buffer)
 
   def _commit(self, documents, state, **changes) -> None:
     there = self._part.value
@@ -415,13 +420,16 @@ class Writer:
     try:
       if self._filled:
         self._flush()
-      self._settle()
+      while self._flights:
+        self._settle()
       if self._part.value["holes"]:
         raise ValueError(
           f"{self.location}: the rows {self._part.value['holes']} did not "
           "come. Run the harvest that made this store."
         )
-      if not self._part.value["complete"]:
+      there = self._part.value
+      unmeasured = self._state is not None and there["state"] is None
+      if unmeasured or not there["complete"]:
         for name, array in self._arrays.items():
           if array.shape[0] != self.committed:
             end = [self.committed, *array.shape[1:]]
@@ -446,9 +454,11 @@ class Writer:
 
   def abandon(self) -> None:
     """Lets go of the part; what is committed stays."""
-    for future in self._flight.futures if self._flight else ():
-      future.exception()  # waits, so that nobody else writes meanwhile
-    self._flight, self._writing = None, False
+    for flight in self._flights:
+      for future in flight.futures:
+        future.exception()  # waits, so that nobody else writes meanwhile
+    self._flights.clear()
+    self._writing = False
     self._release()
 
 
@@ -459,75 +469,3 @@ def _plain(value):
 
 def _of(part: Mapping[str, Any]) -> dict[str, Any]:
   return {name: part[name] for name in ("made_by", "sources")}
-
-
-# ----------------------------------------------------------------- one writer
-
-
-class _Held:
-  """Released by a call; a lease is renewed at every commit."""
-
-  def __init__(self, release, renew=lambda: None):
-    self._release, self.renew = release, renew
-
-  def __call__(self) -> None:
-    release, self._release = self._release, lambda: None
-    release()
-
-
-def _lock(location: Location) -> _Held:
-  """Makes this process the only writer of a part.
-
-  Raises:
-    BlockingIOError: another is.
-  """
-  if location.path is not None:
-    return _flock(location)
-  lease, owner = Document(location, "writer.json"), uuid.uuid4().hex
-
-  def renew():
-    until = time.time() + LEASE_SECONDS
-    lease.replace({"owner": owner, "until": until, "pid": os.getpid()})
-
-  def release():
-    with contextlib.suppress(OSError):
-      lease.remove()
-
-  there = lease.value
-  if there is not None and there["until"] > time.time():
-    raise _busy(
-      location,
-      f" (its claim ends by itself in at most "
-      f"{there['until'] - time.time():.0f} s)",
-    )
-  try:
-    renew()
-  except storage.Conflict as e:
-    raise _busy(location) from e
-  return _Held(release, renew)
-
-
-def _flock(location: Location) -> _Held:
-  path = location.path
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    file = (path / ".lock").open("w")
-  except OSError as e:
-    raise type(e)(
-      e.errno,
-      f"A store cannot be written there ({e.strerror}). Choose another place",
-      str(path),
-    ) from e
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as e:
-    file.close()
-    raise _busy(location) from e
-  return _Held(file.close)
-
-
-def _busy(location: Location, more: str = "") -> BlockingIOError:
-  return BlockingIOError(
-    f"Another process is writing {location}{more}. Wait for it, then run "
-    "again: its store will be used."
-  )

@@ -274,11 +274,11 @@ def test_a_site_that_does_not_exist_is_refused(site, message, gemma2, tmp_path):
     harvest(gemma2, make_windows(2), (site,), tmp_path / "s", batch_size=2)
 
 
-def test_a_damaged_manifest_says_to_delete_the_store(gemma2, tmp_path):
+def test_a_damaged_manifest_says_how_to_go_on(gemma2, tmp_path):
   windows = make_windows(2)
   harvest(gemma2, windows, SITES, tmp_path, batch_size=2)
   (tmp_path / "manifest.json").write_text("{")
-  with pytest.raises(ValueError, match=r"Delete .* and harvest again"):
+  with pytest.raises(ValueError, match=r"repair.*harvest then writes it"):
     harvest(gemma2, windows, SITES, tmp_path, batch_size=2)
 
 

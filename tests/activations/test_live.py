@@ -1,6 +1,5 @@
 """Batches straight from the model are its sites, each row once per epoch."""
 
-import dataclasses
 import itertools
 
 import jax

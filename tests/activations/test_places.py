@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from gemma_jax.activations import ActivationStore, is_complete
-from gemma_jax.activations import writer as writing
+from gemma_jax.activations import claim as writing
 from gemma_jax.activations.layout import LABELS, documents_key, shard_key
+from gemma_jax.activations.reading import damages
 from gemma_jax.activations.storage import Location
-from gemma_jax.activations.store import damages
 from tests.activations.rows import (
   READ,
   SITES,

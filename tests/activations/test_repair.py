@@ -18,8 +18,8 @@ from gemma_jax.activations import (
   layout,
 )
 from gemma_jax.activations.layout import CHUNK_ROWS, LABELS, SHARD_ROWS
+from gemma_jax.activations.records import load_statistics, save_statistics
 from gemma_jax.activations.repair import repair, verify
-from gemma_jax.activations.store import load_statistics, save_statistics
 from tests.activations.windows import make_windows
 
 READ, WRITE = "blocks.1.mlp_in", "blocks.1.mlp_out"
@@ -129,7 +129,7 @@ def test_a_sound_store_is_left_as_it_is_to_the_byte(copy):
   [
     (READ, f"{PART}{READ}/c/1/0", 5 * (CHUNK_ROWS * 16 + 4) + 9, (1, 5)),
     (WRITE, f"{PART}{WRITE}/c/2/0", 2 * (CHUNK_ROWS * 12 + 4) + 1, (2, 2)),
-    ("token", f"{PART}token/c/0", 100, (0, 0)),
+    ("labels", f"{PART}labels/c/0/0", 100, (0, 0)),
   ],
 )
 def test_a_flipped_bit_is_found_with_its_chunk(name, key, at, chunk, plain):
@@ -209,7 +209,7 @@ def test_what_a_repair_takes_out_is_written_again_to_the_same_bytes(
   flip(path / f"{PART}end/c/2", -1)
   (path / f"parts/00001/{READ}/c/0/0").unlink()
   (path / f"{PART}{WRITE}/zarr.json").write_text("{")
-  flip(path / "parts/00001/begin/zarr.json", 40)
+  flip(path / "parts/00001/labels/zarr.json", 40)
   found = verify(path)
   assert repair(path) == found
   assert verify(path) == []

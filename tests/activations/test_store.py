@@ -8,7 +8,7 @@ import pytest
 
 from gemma_jax.activations import ActivationStore, measure
 from gemma_jax.activations.layout import FORMAT, LABELS, SHARD_ROWS
-from gemma_jax.activations.store import save_statistics, write_statistics
+from gemma_jax.activations.records import save_statistics, write_statistics
 from tests.activations.rows import (
   READ,
   SITES,

@@ -1,59 +1,30 @@
 """From token windows to a store: the model's sites, in one pass."""
 
-import functools
 import hashlib
 import json
 import logging
 import os
 import pathlib
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 
-from gemma_jax import cache, data, machine, progress
-from gemma_jax.activations import capture as capturing
-from gemma_jax.activations import layout
-from gemma_jax.activations.records import (
-  load_statistics,
-  save_statistics,
-  write_statistics,
-)
-from gemma_jax.activations.statistics import Statistics
+from gemma_jax import cache
+from gemma_jax.activations import fingerprints, layout
+from gemma_jax.activations.harvester import Harvester
+from gemma_jax.activations.records import write_statistics
 from gemma_jax.activations.store import (
   ActivationStore,
   is_complete,
   read_manifest,
 )
-from gemma_jax.activations.writer import Writer
 from gemma_jax.data import Windows, WindowStream
-from gemma_jax.models import Model, sites
+from gemma_jax.models import Model
 
 log = logging.getLogger("gemma_jax")
 
-__all__ = ["fingerprint_model", "harvest", "store_path"]
-
-
-def fingerprint_model(directory: str | os.PathLike) -> str:
-  """A hash of a checkpoint: configuration, and samples of every weights file.
-
-  64 blocks of 4 KiB spread over each file, so that it takes milliseconds; a
-  fine-tuned or requantised model changes everywhere, so it cannot hide.
-  """
-  directory = pathlib.Path(directory)
-  h = hashlib.sha256((directory / "config.json").read_bytes())
-  for path in sorted(directory.glob("*.safetensors")):
-    size = path.stat().st_size
-    h.update(f"{path.name}:{size}".encode())
-    with path.open("rb") as f:
-      for i in range(64):
-        f.seek(max(0, size - 4096) * i // 63)
-        h.update(f.read(4096))
-  return h.hexdigest()
+__all__ = ["harvest", "store_path"]
 
 
 def store_path(
@@ -67,8 +38,8 @@ def store_path(
   """Where the cache keeps the activations that these inputs make."""
   made_by = {
     "format": layout.FORMAT,
-    "model": fingerprint_model(model_directory),
-    "windows": _fingerprint(windows),
+    "model": fingerprints.of_model(model_directory),
+    "windows": fingerprints.of_windows(windows),
     "sites": list(capture),
     "dtype": dtype,
     "compute_dtype": compute_dtype,
@@ -124,14 +95,14 @@ def harvest(
   """
   capture = tuple(capture)
   if is_complete(where) and (model is None or not append):
-    _same(where, windows, capture, dtype)
+    _same(where, windows, capture, dtype, keep, keep_seed)
     log.info("activations: using %s", where)
     return ActivationStore.open(where)
   if model is None:
     raise ValueError(f"{where} is not complete: pass the model to harvest.")
   if not 0 < keep <= 1:
     raise ValueError(f"keep={keep}; expected a share above 0, at most 1.")
-  run = _Harvest(
+  run = Harvester(
     model,
     windows,
     capture,
@@ -159,365 +130,23 @@ def harvest(
   return store
 
 
-def _fingerprint(windows) -> str:
-  if isinstance(windows, Windows):
-    return data.fingerprint(windows)
-  return windows.fingerprint
-
-
-def _same(where, windows, capture, dtype) -> None:
-  """Refuses a complete store of other sites, dtype or text."""
+def _same(where, windows, capture, dtype, keep, keep_seed) -> None:
+  """Refuses a complete store of other sites, dtype, text or rows of it."""
   _, manifest = read_manifest(where)
-  store = ActivationStore.open(where)
+  first = ActivationStore.open(where).parts[0]["made_by"]
   here = {
     "sites": sorted(capture),
     "dtype": dtype,
-    "windows": _fingerprint(windows),
+    "windows": fingerprints.of_windows(windows),
+    "keep": [keep, keep_seed],
   }
   there = {
     "sites": sorted(manifest["sites"]),
     "dtype": manifest["dtype"],
-    "windows": store.parts[0]["made_by"].get("windows"),
+    **{name: first.get(name) for name in ("windows", "keep")},
   }
   if here != there:
     raise ValueError(
       f"{where} was made by another harvest "
       f"({layout.differences(here, there)}). Use another place, or append."
     )
-
-
-class _Harvest:
-  """One process's share of a harvest."""
-
-  def __init__(
-    self,
-    model,
-    windows,
-    capture,
-    where,
-    batch_size,
-    dtype,
-    keep,
-    keep_seed,
-    statistics,
-    covariance,
-    append,
-  ):
-    self.model, self.windows, self.capture = model, windows, capture
-    self.where, self.dtype = where, dtype
-    self.keep, self.keep_seed = keep, keep_seed
-    self.covariance, self.with_statistics = covariance, statistics
-    self.width = capturing.widths(model, capture)
-    stream = isinstance(windows, WindowStream)
-    fields = windows.fields if stream else {}
-    self.sources = windows.sources
-    self.context = fields["context"] if stream else int(windows.tokens.shape[1])
-    self.expected = (
-      fields.get("max_tokens") if stream else int(windows.num_tokens)
-    )
-    # int8 is made of what the model gave.
-    self.computed = jnp.dtype("float32" if dtype == "int8" else dtype)
-    ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    if batch_size is None:
-      batch_size = self._batch_there() or capturing.fitting_batch(
-        model, capture, self.context, str(self.computed)
-      )
-    if batch_size % ways:
-      raise ValueError(
-        f"batch_size={batch_size} windows do not divide over the {ways} "
-        "devices of the mesh's data and fsdp axes. Use a multiple."
-      )
-    self.batch = batch_size
-    self.metadata = {
-      "model": str(model.directory),
-      "model_fingerprint": fingerprint_model(model.directory),
-      "family": model.config.family,
-      "compute_dtype": str(model.params["embed"].dtype),
-      "backend": jax.default_backend(),
-    }
-    self.made_by = {
-      "windows": _fingerprint(windows),
-      "fields": fields,
-      # Another batch size may give other bits, so it may not go on with these.
-      "batch_size": batch_size,
-      "context": self.context,
-      "keep": [keep, keep_seed],
-      "covariance": covariance,
-    }
-    self.append = append
-    self.mine = capturing.own_windows(model, batch_size, self.context)
-    self.statistics = {
-      site: Statistics(
-        d,
-        positions=self.context,
-        sources=self.sources,
-        covariance=covariance,
-      )
-      for site, d in self.width.items()
-      if statistics
-    }
-    self.covered = 0  # rows that the statistics know
-
-  def _batch_there(self) -> int | None:
-    """The batch size of an interrupted store."""
-    try:
-      root, manifest = read_manifest(self.where)
-    except FileNotFoundError:
-      return None
-    found = {
-      part["made_by"]["batch_size"]
-      for part in layout.parts(root, manifest)
-      if part and part["made_by"].get("windows") == _fingerprint(self.windows)
-    }
-    return found.pop() if len(found) == 1 else None
-
-  def go(self) -> None:
-    """Computes and writes what is not there yet."""
-    with Writer(
-      self.where,
-      sites=self.width,
-      dtype=self.dtype,
-      metadata=self.metadata,
-      made_by=self.made_by,
-      sources=self.sources,
-      part=jax.process_index(),
-      parts=jax.process_count(),
-      append=self.append,
-      state=self._state if self.with_statistics else None,
-    ) as writer:
-      self._resume(writer)
-      self._check_space(writer)
-      self._loop(writer)
-      if isinstance(self.windows, WindowStream):
-        writer.report = self.windows.report()
-        log.info("text: %s", self.windows.describe().replace("\n", "; "))
-
-  def _state(self) -> bytes:
-    return save_statistics(self.statistics, covered=self.covered)
-
-  def _resume(self, writer: Writer) -> None:
-    saved = writer.saved if self.with_statistics else None
-    self.covered = writer.committed
-    if saved is not None:
-      found = load_statistics(saved, str(writer.location))
-      self.covered = found.pop("covered")
-      self.statistics = found
-    elif self.with_statistics:
-      self.covered = 0
-    # Of every process: all must run the same batches.
-    everyone = np.asarray([divmod(self.covered, 2**31)], np.int32)
-    self.parts = [writer.description]
-    if jax.process_count() > 1:
-      everyone = multihost_utils.process_allgather(everyone[0])
-      self.parts = layout.parts(*read_manifest(self.where))
-      # Nobody writes before everybody has read.
-      multihost_utils.sync_global_devices("resume")
-    high, low = everyone.astype(np.int64).T
-    self.everyone = high * 2**31 + low
-
-  def _check_space(self, writer: Writer) -> None:
-    if writer.location.path is None or self.expected is None:
-      return
-    item = {"bfloat16": 2, "float32": 4, "int8": 1}[self.dtype]
-    row = sum(self.width.values()) * item
-    left = self.expected * self.keep / jax.process_count() - writer.committed
-    cache.require_space(
-      writer.location.path, max(0.0, left) * row, "The activations"
-    )
-
-  def _loop(self, writer: Writer) -> None:
-    """Two batches are under way: one computed, one written."""
-    bar = _Bar(self, writer.committed)
-    waiting = None
-    whole = isinstance(self.windows, Windows)
-    blocks = iter([self.windows] if whole else self.windows)
-    try:
-      for job in self._jobs(writer, blocks):
-        launched = self._launch(job)
-        if waiting is not None:
-          bar.update(self._finish(writer, *waiting))
-        waiting = job, launched
-      if waiting is not None:
-        bar.update(self._finish(writer, *waiting))
-    finally:
-      bar.close()
-      if hasattr(blocks, "close"):
-        blocks.close()
-
-  def _jobs(self, writer, blocks) -> Iterator[dict[str, Any]]:
-    """Batches that some process lacks, with the kept positions."""
-    number = 0  # of the windows before
-    owners = self._owners()
-    rows = np.zeros(len(owners), np.int64)  # before this batch, by process
-    for windows in capturing.rebatch(blocks, self.batch):
-      valid = windows.mask & self._kept(number, windows.mask.shape)
-      number += len(valid)
-      counts = np.asarray(
-        [valid[own[own < len(valid)]].sum() for own in owners]
-      )
-      end = rows + counts
-      me = jax.process_index()
-      lacking = [
-        b > covered or layout.lacks(part, int(a), int(b))
-        for part, covered, a, b in zip(
-          self.parts, self.everyone, rows, end, strict=True
-        )
-      ]
-      job = {
-        "windows": windows,
-        "valid": valid,
-        "row": int(rows[me]),
-        "count": int(counts[me]),
-      }
-      rows = end
-      known = windows.first_document + len(windows.documents)
-      if any(lacking) or known > writer.documents:
-        yield job
-
-  def _owners(self) -> list[np.ndarray]:
-    """Windows of a batch that each process writes."""
-    if jax.process_count() == 1:
-      return [self.mine]
-    mine = np.full(self.batch, -1, np.int32)
-    mine[: len(self.mine)] = self.mine
-    everyone = multihost_utils.process_allgather(mine)
-    return [row[row >= 0] for row in np.asarray(everyone)]
-
-  def _kept(self, first: int, shape) -> np.ndarray | bool:
-    """Which positions token subsampling keeps: a hash of their numbers."""
-    if self.keep == 1:
-      return np.True_
-    start = first * shape[1]
-    x = np.arange(start, start + shape[0] * shape[1], dtype=np.uint64)
-    x += np.uint64(self.keep_seed) * np.uint64(0xD1B54A32D192ED03)
-    # Steele et al. 2014, splitmix64.
-    with np.errstate(over="ignore"):
-      x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-      x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-      x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-      x ^= x >> np.uint64(31)
-    return (x >> np.uint64(11)).reshape(shape) < self.keep * 2.0**53
-
-  def _launch(self, job):
-    # The statistics are of this process's rows.
-    found, sums = capturing.launch(
-      self.model,
-      job["windows"],
-      job["valid"],
-      self.batch,
-      self.capture,
-      self.computed,
-      self.with_statistics and jax.process_count() == 1,
-      self.covariance,
-    )
-    for x in jax.tree.leaves((found, sums)):
-      x.copy_to_host_async()
-    return found, sums
-
-  def _finish(self, writer, job, launched) -> int:
-    """Writes a batch's rows and adds up its statistics."""
-    found, sums = launched
-    windows, valid = job["windows"], job["valid"]
-    own = self.mine[self.mine < len(valid)]
-    valid = valid[own]
-    rows = {
-      name: capturing.local_values(x, self.mine)[: len(own)][valid]
-      for name, x in found.items()
-    }
-    where = np.broadcast_to(
-      np.arange(self.context, dtype=np.int32), valid.shape
-    )
-    labels = {
-      "token": windows.tokens[own][valid],
-      "document": windows.document[own][valid],
-      "position": where[valid],
-      "source": np.repeat(windows.source[own], valid.sum(1)),
-      "begin": windows.begin[own][valid],
-      "end": windows.end[own][valid],
-    }
-    sums = self._own_sums(jax.device_get(sums), rows)
-    self._check_finite(rows, labels, windows, sums)
-    end = job["row"] + job["count"]
-    writer.append(
-      rows | labels,
-      first_row=job["row"],
-      documents=windows.documents,
-      first_document=windows.first_document,
-    )
-    if end > self.covered:
-      for site, part in sums.items():
-        self.statistics[site].update(
-          part,
-          first_row=job["row"],
-          **{
-            name: labels[name]
-            for name in ("position", "source", "document", "token")
-          },
-        )
-      self.covered = end
-    return job["count"]
-
-  def _own_sums(self, sums, rows):
-    """Sums over this process's windows only."""
-    if jax.process_count() == 1 or not self.with_statistics:
-      return sums
-    room = len(self.mine) * self.context  # one shape, one program
-    return {
-      site: capturing.sums_of(x, room, self.covariance)
-      for site, x in rows.items()
-    }
-
-  def _check_finite(self, rows, labels, windows, sums) -> None:
-    for name, x in rows.items():
-      if sums and not sums[name]["nan"] and not sums[name]["inf"]:
-        continue
-      bad = ~np.isfinite(x.astype(np.float32)).all(-1)
-      if bad.any():
-        row = int(np.flatnonzero(bad)[0])
-        number = int(labels["document"][row]) - windows.first_document
-        document = (
-          windows.documents[number]
-          if number >= 0
-          else f"document {labels['document'][row]}"
-        )
-        raise FloatingPointError(
-          f"{name} is not finite at position {labels['position'][row]} of "
-          f"{document}. Check the weights, or compute in float32."
-        )
-
-
-_matmul_rate = functools.cache(machine.matmul_rate)
-
-
-class _Bar:
-  """Progress with tokens/s, GB/s, the share of the machine's FLOP/s, time."""
-
-  def __init__(self, run: _Harvest, initial: int):
-    model = run.model
-    total = run.expected
-    if total is not None:
-      total = int(total * run.keep / jax.process_count())
-    self._bar = progress.bar(total, "harvest", unit="tokens", initial=initial)
-    depth = sites.last_layer(run.capture, model.config)
-    flops = model.config.flops_per_token(depth, run.context, unembed=False)
-    self._flops = flops / run.keep
-    self._row = sum(run.width.values()) * jnp.dtype(run.computed).itemsize
-    rate = _matmul_rate(str(model.params["embed"].dtype))
-    self._peak = rate * len(jax.local_devices())
-    self._began, self._done = None, 0
-
-  def update(self, count: int) -> None:
-    self._bar.update(count)
-    if self._began is None:  # the first batch was compiled, too
-      self._began = time.perf_counter()
-      return
-    self._done += count
-    rate = self._done / (time.perf_counter() - self._began)
-    self._bar.set_postfix_str(
-      f"{rate * self._row / 1e9:.3g} GB/s, MFU "
-      f"{rate * self._flops / self._peak:.0%}",
-      refresh=False,
-    )
-
-  def close(self) -> None:
-    self._bar.close()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib
 import logging
 
 import jax
@@ -13,16 +12,16 @@ import pytest
 from gemma_jax import models
 from gemma_jax.activations import (
   ActivationStore,
+  fingerprints,
   harvest,
   is_complete,
   layout,
   store_path,
 )
+from gemma_jax.activations.harvester import Harvester
 from gemma_jax.activations.store import read_manifest
 from gemma_jax.data import fingerprint
 from tests.activations.windows import BOS, CONTEXT, PAD, SITES, make_windows
-
-harvest_lib = importlib.import_module("gemma_jax.activations.harvest")
 
 
 @pytest.fixture(scope="module", params=["gemma2-tiny", "gemma3-tiny"])
@@ -108,7 +107,7 @@ def test_the_store_says_what_made_it(gemma2, tmp_path):
   store = harvest(gemma2, windows, SITES, tmp_path, batch_size=2)
   assert store.metadata == {
     "model": str(gemma2.directory),
-    "model_fingerprint": harvest_lib.fingerprint_model(gemma2.directory),
+    "model_fingerprint": fingerprints.of_model(gemma2.directory),
     "family": gemma2.config.family,
     "compute_dtype": "float32",
     "backend": "cpu",
@@ -175,7 +174,7 @@ def test_a_complete_store_needs_no_model(gemma2, tmp_path):
 
 def broken_off(monkeypatch, batches, *args, **options):
   """Harvests until so many batches were launched; returns rows committed."""
-  real, calls = harvest_lib._Harvest._launch, []
+  real, calls = Harvester._launch, []
 
   def breaks_off(self, job):
     calls.append(job)
@@ -184,7 +183,7 @@ def broken_off(monkeypatch, batches, *args, **options):
     return real(self, job)
 
   with monkeypatch.context() as patch:
-    patch.setattr(harvest_lib._Harvest, "_launch", breaks_off)
+    patch.setattr(Harvester, "_launch", breaks_off)
     with pytest.raises(KeyboardInterrupt):
       harvest(*args, **options)
   root, manifest = read_manifest(args[3])
@@ -193,13 +192,13 @@ def broken_off(monkeypatch, batches, *args, **options):
 
 def launches(monkeypatch):
   """A list that every launched batch's first row is put into."""
-  real, rows = harvest_lib._Harvest._launch, []
+  real, rows = Harvester._launch, []
 
   def noted(self, job):
     rows.append(job["row"])
     return real(self, job)
 
-  monkeypatch.setattr(harvest_lib._Harvest, "_launch", noted)
+  monkeypatch.setattr(Harvester, "_launch", noted)
   return rows
 
 
@@ -309,16 +308,16 @@ def test_a_path_depends_on_everything_that_decides_the_values(gemma2, tmp_path):
 
 
 def test_fine_tuned_weights_have_another_fingerprint(gemma2, tmp_path):
-  before = harvest_lib.fingerprint_model(gemma2.directory)
+  before = fingerprints.of_model(gemma2.directory)
   for path in gemma2.directory.iterdir():
     (tmp_path / path.name).write_bytes(path.read_bytes())
-  assert harvest_lib.fingerprint_model(tmp_path) == before
+  assert fingerprints.of_model(tmp_path) == before
   weights = tmp_path / "model.safetensors"
   data = bytearray(weights.read_bytes())
   end = int.from_bytes(data[:8], "little") + 8
   data[end::4] = bytes(b ^ 1 for b in data[end::4])  # all low mantissa bits
   weights.write_bytes(data)
-  assert harvest_lib.fingerprint_model(tmp_path) != before
+  assert fingerprints.of_model(tmp_path) != before
 
 
 def test_opening_through_the_store_equals_what_harvest_returned(

@@ -24,7 +24,7 @@ import tokenizers
 import jax
 from gemma_jax import data, models
 from gemma_jax.activations import harvest, layout
-from gemma_jax.activations.harvest import _Harvest
+from gemma_jax.activations.harvester import Harvester
 
 layout.SHARD_ROWS, layout.CHUNK_ROWS = 2048, 256
 jax.config.update("jax_compilation_cache_dir", sys.argv[2])
@@ -40,8 +40,8 @@ windows = data.WindowStream(
 )
 mesh = models.make_mesh({"data": 1}, jax.devices()[:1])
 model = models.load_model("random:gemma2-tiny", mesh=mesh)
-loop = _Harvest._loop
-_Harvest._loop = lambda *args: (print("ready", flush=True), loop(*args))
+loop = Harvester._loop
+Harvester._loop = lambda *args: (print("ready", flush=True), loop(*args))
 harvest(
   model, windows, ("blocks.0.mlp_in", "blocks.1.mlp_out"), sys.argv[1],
   batch_size=16, keep=0.8,

@@ -30,7 +30,7 @@ jax.distributed.initialize(address, 2, int(process))
 
 from gemma_jax import models
 from gemma_jax.activations import Stream, harvest, layout
-from gemma_jax.activations.harvest import _Harvest
+from gemma_jax.activations.harvester import Harvester
 from jax.sharding import NamedSharding, PartitionSpec as P
 from tests.activations.test_processes import OPTIONS
 from tests.activations.windows import SITES, make_windows
@@ -38,7 +38,7 @@ from tests.activations.windows import SITES, make_windows
 layout.SHARD_ROWS, layout.CHUNK_ROWS = 20, 10
 mesh = models.make_mesh({"data": 4, "tensor": 2})
 model = models.load_model("random:gemma2-tiny", mesh=mesh)
-real, calls = _Harvest._launch, []
+real, calls = Harvester._launch, []
 
 def breaks_off(self, job):
   calls.append(job)
@@ -46,7 +46,7 @@ def breaks_off(self, job):
     raise KeyboardInterrupt
   return real(self, job)
 
-_Harvest._launch = breaks_off
+Harvester._launch = breaks_off
 try:
   harvest(model, make_windows(80), SITES, path, **OPTIONS)
   raise SystemExit("it was not interrupted")

@@ -1,0 +1,33 @@
+"""Hashes of what decides about the values of a store."""
+
+import hashlib
+import os
+import pathlib
+
+from gemma_jax import data
+from gemma_jax.data import Windows, WindowStream
+
+
+def of_model(directory: str | os.PathLike) -> str:
+  """A hash of a checkpoint: configuration, and samples of every weights file.
+
+  64 blocks of 4 KiB spread over each file, so that it takes milliseconds; a
+  fine-tuned or requantised model changes everywhere, so it cannot hide.
+  """
+  directory = pathlib.Path(directory)
+  h = hashlib.sha256((directory / "config.json").read_bytes())
+  for path in sorted(directory.glob("*.safetensors")):
+    size = path.stat().st_size
+    h.update(f"{path.name}:{size}".encode())
+    with path.open("rb") as f:
+      for i in range(64):
+        f.seek(max(0, size - 4096) * i // 63)
+        h.update(f.read(4096))
+  return h.hexdigest()
+
+
+def of_windows(windows: Windows | WindowStream) -> str:
+  """Of the windows themselves, or of all that decides about a stream's."""
+  if isinstance(windows, Windows):
+    return data.fingerprint(windows)
+  return windows.fingerprint

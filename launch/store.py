@@ -33,6 +33,7 @@ from gemma_jax.activations.store import ActivationStore, read_manifest
 log = logging.getLogger("gemma_jax")
 
 COUNTED = 2**27  # rows whose sources are counted at once: seconds
+SOURCE = layout.LABELS.index("source")
 ITEM = {"bfloat16": 2, "float32": 4, "int8": 1}
 
 
@@ -173,17 +174,17 @@ def _tokens_by_source(root, manifest, parts) -> dict[str, int] | None:
   """Tokens of each source; None if there are many, or some are damaged."""
   if sum(part["committed"] for part in parts if part) > COUNTED:
     return None
-  row, *kind = layout.arrays(manifest["sites"], manifest["dtype"])["source"]
+  kinds = layout.arrays(manifest["sites"], manifest["dtype"])
   total = collections.Counter()
   for i, part in enumerate(parts):
     if not part or not part["committed"]:
       continue
     location = Location(f"{root}/{layout.part_name(i)}")
     array = ts.open(
-      location.array("source"),
+      location.array(layout.TOGETHER),
       open=True,
       assume_metadata=True,
-      **layout.form(row, *kind, part["committed"]),
+      **layout.form(*kinds[layout.TOGETHER], part["committed"]),
     )
     holes = {start for start, _ in part["holes"]}
     for start in range(0, part["committed"], layout.SHARD_ROWS):
@@ -191,7 +192,7 @@ def _tokens_by_source(root, manifest, parts) -> dict[str, int] | None:
         continue
       stop = min(start + layout.SHARD_ROWS, part["committed"])
       try:
-        labels = array.result()[start:stop].read().result()
+        labels = array.result()[start:stop, SOURCE].read().result()
       except ValueError:
         return None
       counts = np.bincount(labels, minlength=len(part["sources"]))

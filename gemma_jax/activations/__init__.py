@@ -4,7 +4,9 @@ from gemma_jax.activations.capture import fitting_batch
 from gemma_jax.activations.harvest import harvest, store_path
 from gemma_jax.activations.layout import DTYPES
 from gemma_jax.activations.live import ModelStream
-from gemma_jax.activations.normalise import Normalisation
+from gemma_jax.activations.merge import merge
+from gemma_jax.activations.normalise import Normalisation, fit
+from gemma_jax.activations.repair import repair, verify
 from gemma_jax.activations.statistics import Statistics, measure
 from gemma_jax.activations.store import ActivationStore, is_complete
 from gemma_jax.activations.stream import Stream
@@ -18,9 +20,13 @@ __all__ = [
   "Statistics",
   "Stream",
   "Writer",
+  "fit",
   "fitting_batch",
   "harvest",
   "is_complete",
   "measure",
+  "merge",
+  "repair",
   "store_path",
+  "verify",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -88,6 +89,8 @@ def fitting_batch(
   dtype: str,
   *,
   limit: float | None = None,
+  statistics: bool = True,
+  covariance: bool = False,
 ) -> int:
   """Windows in a forward pass that surely fits: nothing is tried by running.
 
@@ -100,6 +103,8 @@ def fitting_batch(
     context: T.
     dtype: of the captured vectors.
     limit: bytes for one device; default, a share of what is free.
+    statistics: whether they are taken in the same pass.
+    covariance: with covariance.
 
   Raises:
     MemoryError: not even one window for each device fits.
@@ -108,7 +113,14 @@ def fitting_batch(
     limit = SHARE * machine.device_memory()[1]
   ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
   most = ways * max(1, ENOUGH_TOKENS[jax.default_backend()] // context)
-  needs = functools.partial(_bytes, model, tuple(capture), context, dtype)
+  needs = functools.partial(
+    _bytes,
+    model,
+    tuple(capture),
+    context,
+    dtype,
+    options=(statistics, covariance),
+  )
   first, second = needs(ways), needs(2 * ways)
   if first > limit:
     raise MemoryError(
@@ -127,6 +139,8 @@ def fitting_batch(
     found = needs(batch)
   while 2 * batch <= most and (larger := needs(2 * batch)) <= limit:
     batch, found = 2 * batch, larger
+  if jax.process_count() > 1:  # one program for all
+    batch = int(multihost_utils.process_allgather(np.int32(batch)).min())
   log.info(
     "batch_size=%d windows: %.2f GiB of %.2f GiB that are free per device",
     batch,
@@ -136,7 +150,7 @@ def fitting_batch(
   return batch
 
 
-def _bytes(model, capture, context, dtype, batch) -> int:
+def _bytes(model, capture, context, dtype, batch, options=(True, False)) -> int:
   """What a batch needs on each device, its parameters left out."""
   where = NamedSharding(model.mesh, P(("data", "fsdp"), None))
   tokens, valid = (
@@ -146,7 +160,7 @@ def _bytes(model, capture, context, dtype, batch) -> int:
   with jax.set_mesh(model.mesh):
     size = (
       capture_sites.lower(
-        model.config, model.params, tokens, valid, capture, dtype, True, False
+        model.config, model.params, tokens, valid, capture, dtype, *options
       )
       .compile()
       .memory_analysis()

@@ -4,8 +4,22 @@ import hashlib
 import os
 import pathlib
 
+import jax
+
 from gemma_jax import data
 from gemma_jax.data import Windows, WindowStream
+from gemma_jax.models import Model
+
+
+def describe(model: Model) -> dict[str, str]:
+  """What a store keeps of the model that made it."""
+  return {
+    "model": pathlib.Path(model.directory).name,
+    "model_fingerprint": of_model(model.directory),
+    "family": model.config.family,
+    "compute_dtype": str(model.params["embed"].dtype),
+    "backend": jax.default_backend(),
+  }
 
 
 def of_model(directory: str | os.PathLike) -> str:

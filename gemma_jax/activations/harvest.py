@@ -34,6 +34,8 @@ def store_path(
   *,
   dtype: str,
   compute_dtype: str,
+  keep: float = 1.0,
+  keep_seed: int = 0,
 ) -> pathlib.Path:
   """Where the cache keeps the activations that these inputs make."""
   made_by = {
@@ -43,6 +45,7 @@ def store_path(
     "sites": list(capture),
     "dtype": dtype,
     "compute_dtype": compute_dtype,
+    "keep": [keep, keep_seed],
     # Two kinds of device do not give the same bits.
     "backend": jax.default_backend(),
   }
@@ -84,7 +87,8 @@ def harvest(
     keep: share of the counted positions to store, chosen by a hash of their
       number and `keep_seed`.
     keep_seed: of that choice.
-    statistics: take them in the same pass; `ActivationStore.statistics`.
+    statistics: take them in the same pass; `ActivationStore.statistics`. Of
+      what the model gave, where the store is int8.
     covariance: with covariance.
     append: write behind what is there; a store by the same model and sites.
 
@@ -94,10 +98,29 @@ def harvest(
     OSError: the disk is full, or the place refuses: nothing committed is lost.
   """
   capture = tuple(capture)
+  if append and jax.process_count() > 1:
+    raise ValueError(
+      "Only one process can append. Harvest to another place and merge: "
+      "`python -m launch.store merge`."
+    )
   if is_complete(where) and (model is None or not append):
-    _same(where, windows, capture, dtype, keep, keep_seed)
+    here = {
+      "sites": sorted(capture),
+      "dtype": dtype,
+      "windows": fingerprints.of_windows(windows),
+      "keep": [keep, keep_seed],
+    }
+    if model is not None:
+      here |= fingerprints.describe(model)
+    store = _opened(where, here)
+    if statistics and store.statistics(capture[0]) is None:
+      log.info(
+        "%s has no statistics: `python -m launch.store stats` takes them", where
+      )
+    elif store.root.read("stats.json") is None and jax.process_index() == 0:
+      write_statistics(store)
     log.info("activations: using %s", where)
-    return ActivationStore.open(where)
+    return store
   if model is None:
     raise ValueError(f"{where} is not complete: pass the model to harvest.")
   if not 0 < keep <= 1:
@@ -130,23 +153,20 @@ def harvest(
   return store
 
 
-def _same(where, windows, capture, dtype, keep, keep_seed) -> None:
-  """Refuses a complete store of other sites, dtype, text or rows of it."""
+def _opened(where, here) -> ActivationStore:
+  """A complete store; refuses one of another model, sites or text."""
   _, manifest = read_manifest(where)
-  first = ActivationStore.open(where).parts[0]["made_by"]
-  here = {
-    "sites": sorted(capture),
-    "dtype": dtype,
-    "windows": fingerprints.of_windows(windows),
-    "keep": [keep, keep_seed],
-  }
-  there = {
+  store = ActivationStore.open(where)
+  first = store.parts[0]["made_by"]
+  known = manifest["metadata"] | {
     "sites": sorted(manifest["sites"]),
     "dtype": manifest["dtype"],
     **{name: first.get(name) for name in ("windows", "keep")},
   }
+  there = {name: known.get(name) for name in here}
   if here != there:
     raise ValueError(
       f"{where} was made by another harvest "
       f"({layout.differences(here, there)}). Use another place, or append."
     )
+  return store

@@ -23,6 +23,9 @@ from gemma_jax.models import sites
 
 log = logging.getLogger("gemma_jax")
 
+# The covariance is saved once so many times its bytes have been written.
+COVARIANCE_SHARE = 20
+
 
 class Harvester:
   """One process's share of a harvest; see `harvest` for the arguments."""
@@ -58,7 +61,12 @@ class Harvester:
     ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     if batch_size is None:
       batch_size = self._batch_there() or capturing.fitting_batch(
-        model, capture, self.context, str(self.computed)
+        model,
+        capture,
+        self.context,
+        str(self.computed),
+        statistics=statistics,
+        covariance=covariance,
       )
     if batch_size % ways:
       raise ValueError(
@@ -66,24 +74,25 @@ class Harvester:
         "devices of the mesh's data and fsdp axes. Use a multiple."
       )
     self.batch = batch_size
-    self.metadata = {
-      "model": str(model.directory),
-      "model_fingerprint": fingerprints.of_model(model.directory),
-      "family": model.config.family,
-      "compute_dtype": str(model.params["embed"].dtype),
-      "backend": jax.default_backend(),
-    }
+    self.metadata = fingerprints.describe(model)
     self.made_by = {
       "windows": fingerprints.of_windows(windows),
       "fields": fields,
-      # Another batch size may give other bits, so it may not go on with these.
-      "batch_size": batch_size,
       "context": self.context,
       "keep": [keep, keep_seed],
       "covariance": covariance,
+      # Another batch or mesh may give other bits, and other processes have
+      # other windows, so they may not go on with these.
+      "batch_size": batch_size,
+      "mesh": dict(model.mesh.shape),
+      "process": [jax.process_index(), jax.process_count()],
     }
     self.append = append
+    if append:
+      self._check_alike()
     self.mine = capturing.own_windows(model, batch_size, self.context)
+    self.names: dict[int, tuple] = {}  # of documents that may still come up
+    self.saved_rows, self.done = 0, False
     self.statistics = {
       site: Statistics(
         d,
@@ -110,6 +119,21 @@ class Harvester:
     }
     return found.pop() if len(found) == 1 else None
 
+  def _check_alike(self) -> None:
+    """Refuses to append what could not be summed up with what is there."""
+    try:
+      parts = layout.parts(*read_manifest(self.where))
+    except FileNotFoundError:
+      return
+    for name in ("context", "covariance"):
+      for part in filter(None, parts):
+        there = part["made_by"].get(name)
+        if there != self.made_by[name]:
+          raise ValueError(
+            f"{self.where} was harvested with {name}={there}; only the same "
+            f"can be appended, got {self.made_by[name]}."
+          )
+
   def go(self) -> None:
     """Computes and writes what is not there yet."""
     with Writer(
@@ -126,12 +150,22 @@ class Harvester:
     ) as writer:
       self._resume(writer)
       self._check_space(writer)
+      if self.append:
+        writer.root.delete("stats.json")  # it tells of fewer rows
       self._loop(writer)
+      self.done = True
       if isinstance(self.windows, WindowStream):
         writer.report = self.windows.report()
         log.info("text: %s", self.windows.describe().replace("\n", "; "))
 
-  def _state(self) -> bytes:
+  def _state(self) -> bytes | None:
+    """The statistics; None while they weigh much beside the new rows."""
+    row = sum(self.width.values()) * self.computed.itemsize
+    weight = self.covariance * sum(8 * d * d for d in self.width.values())
+    new = (self.covered - self.saved_rows) * row
+    if not self.done and new < COVARIANCE_SHARE * weight:
+      return None
+    self.saved_rows = self.covered
     return save_statistics(self.statistics, covered=self.covered)
 
   def _resume(self, writer: Writer) -> None:
@@ -151,6 +185,8 @@ class Harvester:
       self.parts = layout.parts(*read_manifest(self.where))
       # Nobody writes before everybody has read.
       multihost_utils.sync_global_devices("resume")
+    self.named = min(part["documents"] for part in self.parts)
+    self.saved_rows = self.covered
     high, low = everyone.astype(np.int64).T
     self.everyone = high * 2**31 + low
 
@@ -171,7 +207,7 @@ class Harvester:
     whole = isinstance(self.windows, Windows)
     blocks = iter([self.windows] if whole else self.windows)
     try:
-      for job in self._jobs(writer, blocks):
+      for job in self._jobs(blocks):
         launched = self._launch(job)
         if waiting is not None:
           bar.update(self._finish(writer, *waiting))
@@ -183,7 +219,7 @@ class Harvester:
       if hasattr(blocks, "close"):
         blocks.close()
 
-  def _jobs(self, writer, blocks) -> Iterator[dict[str, Any]]:
+  def _jobs(self, blocks) -> Iterator[dict[str, Any]]:
     """Batches that some process lacks, with the kept positions."""
     number = 0  # of the windows before
     owners = self._owners()
@@ -210,7 +246,7 @@ class Harvester:
       }
       rows = end
       known = windows.first_document + len(windows.documents)
-      if any(lacking) or known > writer.documents:
+      if any(lacking) or known > self.named:
         yield job
 
   def _owners(self) -> list[np.ndarray]:
@@ -228,9 +264,9 @@ class Harvester:
       return np.True_
     start = first * shape[1]
     x = np.arange(start, start + shape[0] * shape[1], dtype=np.uint64)
-    x += np.uint64(self.keep_seed) * np.uint64(0xD1B54A32D192ED03)
     # Steele et al. 2014, splitmix64.
     with np.errstate(over="ignore"):
+      x += np.uint64(self.keep_seed * 0xD1B54A32D192ED03 % 2**64)
       x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
       x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
       x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -275,7 +311,11 @@ class Harvester:
       "end": windows.end[own][valid],
     }
     sums = self._own_sums(jax.device_get(sums), rows)
-    self._check_finite(rows, labels, windows, sums)
+    for i, name in enumerate(windows.documents, windows.first_document):
+      self.names[i] = name
+    self._check_finite(rows, labels, sums)
+    oldest = windows.document[windows.document >= 0].min(initial=2**31 - 1)
+    self.names = {i: n for i, n in self.names.items() if i >= oldest}
     end = job["row"] + job["count"]
     writer.append(
       rows | labels,
@@ -306,19 +346,15 @@ class Harvester:
       for site, x in rows.items()
     }
 
-  def _check_finite(self, rows, labels, windows, sums) -> None:
+  def _check_finite(self, rows, labels, sums) -> None:
     for name, x in rows.items():
       if sums and not sums[name]["nan"] and not sums[name]["inf"]:
         continue
       bad = ~np.isfinite(x.astype(np.float32)).all(-1)
       if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        number = int(labels["document"][row]) - windows.first_document
-        document = (
-          windows.documents[number]
-          if number >= 0
-          else f"document {labels['document'][row]}"
-        )
+        number = int(labels["document"][row])
+        document = self.names.get(number, f"document {number}")
         raise FloatingPointError(
           f"{name} is not finite at position {labels['position'][row]} of "
           f"{document}. Check the weights, or compute in float32."

@@ -34,6 +34,8 @@ DTYPES = ("bfloat16", "float32", "int8")
 # its bytes in the document's UTF-8 text, begin:end.
 LABELS = ("token", "document", "position", "source", "begin", "end")
 TOGETHER = "labels"  # the array that holds them, [N, 6]: one file, not six
+# Names in a part that no site can have.
+RESERVED = {TOGETHER, *LABELS, "documents", "state"}
 SCALE = ".scale"  # beside an int8 site: float32 [N]
 
 CHECKED = {"name": "crc32c"}

@@ -1,6 +1,7 @@
 """Shuffled batches straight from the model: nothing touches the disk."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -73,6 +74,10 @@ class ModelStream:
     buffer_rows: int = 2**17,
     dtype: str = "bfloat16",
   ):
+    if batch_size < 1 or start < 0:
+      raise ValueError(
+        f"batch_size={batch_size} must be at least 1, start={start} at least 0."
+      )
     self._model, self._windows = model, windows
     self._capture, self._dtype = tuple(capture), dtype
     self._width = capturing.widths(model, capture)
@@ -105,19 +110,24 @@ class ModelStream:
   # ------------------------------------------------------------------ windows
   def _blocks(self) -> Iterator[_Block]:
     """Blocks without end; the last of an epoch may be smaller."""
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
+      counted = 0
       whole = isinstance(self._windows, Windows)
       source = iter([self._windows] if whole else self._windows)
       number, parts = 0, []
       for part in capturing.rebatch(source, self._pass):
         parts.append(part)
+        counted += part.num_tokens
         if len(parts) == self._passes:
           yield self._block(epoch, number, parts)
           number, parts = number + 1, []
       if parts:
         yield self._block(epoch, number, parts)
-      epoch += 1
+      if not counted:
+        raise ValueError(
+          "No position of these windows counts: there is nothing to stream. "
+          "Look at their masks."
+        )
 
   def _block(self, epoch, number, parts) -> _Block:
     size = self._pass * self._context

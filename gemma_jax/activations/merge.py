@@ -90,7 +90,7 @@ class _Source:
           f"{root} is incomplete in part {i}. Run its harvest again, which "
           "writes what is missing, then merge."
         )
-      tokens = layout.shard_key(layout.TOGETHER, 0, layout.LABELS)
+      tokens = layout.shard_key(layout.TOGETHER, 0, (len(layout.LABELS),))
       self.parts.append(value | {"tokens": self.at(i).read(tokens)})
 
   def at(self, index: int) -> Location:

@@ -26,7 +26,7 @@ class Damage(NamedTuple):
   """Rows of an array that cannot be read, or another file of the store.
 
   Attributes:
-    array: a site or a label, or what else the file holds.
+    array: a site, its scale, "labels", or what else the file holds.
     start: first row, counted through the store.
     stop: behind the last; `start` where no row is touched.
     key: the file, below the store.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma_jax.activations.reading import remedy
 from gemma_jax.activations.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -30,24 +31,28 @@ def write_statistics(
     else:
       statistics = measured.get(site)
     if statistics is not None:
-      found[site] = name_outliers(store, statistics.summary())
+      found[site] = statistics.summary()
+  name_outliers(store, found)
   text = json.dumps(found, indent=1, allow_nan=False)
   store.root.write("stats.json", text.encode())
   return found
 
 
 def name_outliers(
-  store: "ActivationStore", summary: dict[str, Any]
-) -> dict[str, Any]:
-  """Adds the document's id, source and name to every outlier, if it has any."""
-  documents = store.documents
-  for rows in summary["outliers"].values():
-    for row in rows:
-      number = row["document"]
-      # Who writes a store without a harvest need not name its documents.
-      names = documents[number] if number < len(documents) else (None,) * 3
-      row |= dict(zip(("id", "source", "name"), names, strict=True))
-  return summary
+  store: "ActivationStore", summaries: Mapping[str, dict[str, Any]]
+) -> None:
+  """Adds the document's id, source and name to every outlier of all sites."""
+  rows = [
+    row
+    for summary in summaries.values()
+    for end in summary["outliers"].values()
+    for row in end
+  ]
+  names = store.named({row["document"] for row in rows})
+  for row in rows:
+    # Who writes a store without a harvest need not name its documents.
+    found = names.get(row["document"], (None,) * 3)
+    row |= dict(zip(("id", "source", "name"), found, strict=True))
 
 
 def save_statistics(found: dict[str, Statistics], **more: int) -> bytes:
@@ -71,13 +76,15 @@ def load_statistics(data: bytes, where: str) -> dict[str, Any]:
   try:
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
       arrays = {name: file[name] for name in file.files}
+    out, states = {}, {}
+    for name, x in arrays.items():
+      site, separator, key = name.rpartition("|")
+      if separator:
+        states.setdefault(site, {})[key] = x
+      else:
+        out[name] = int(x)
+    return out | {s: Statistics.from_state(x) for s, x in states.items()}
   except Exception as e:
-    raise OSError(f"{where} holds statistics that are damaged ({e}).") from e
-  out, states = {}, {}
-  for name, x in arrays.items():
-    site, separator, key = name.rpartition("|")
-    if separator:
-      states.setdefault(site, {})[key] = x
-    else:
-      out[name] = int(x)
-  return out | {s: Statistics.from_state(x) for s, x in states.items()}
+    raise OSError(
+      f"{where} holds statistics that are damaged ({e}). {remedy(where)}"
+    ) from e

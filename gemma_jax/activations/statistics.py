@@ -389,11 +389,17 @@ def measure(
   """
   stop = len(store) if stop is None else stop
   rows = stop - start
-  largest = store.read(start, stop, "position").max(initial=-1)
+  largest = max(
+    (
+      int(store.read(at, min(at + 2**20, stop), "position").max())
+      for at in range(start, stop, 2**20)
+    ),
+    default=-1,
+  )
   width = store.sites[site]
   out = Statistics(
     width,
-    positions=int(largest) + 1,
+    positions=largest + 1,
     sources=store.sources,
     covariance=covariance,
   )

@@ -126,11 +126,6 @@ class Location:
     """Removes a key; nothing happens if there is none."""
     self.finish(self.kv.write(name, None), f"deleting {name}")
 
-  def delete_all(self, prefix: str) -> None:
-    """Removes every key that starts so."""
-    removed = self.kv.delete_range(_starting(prefix))
-    self.finish(removed, f"deleting {prefix}")
-
   def keys(self, prefix: str) -> list[str]:
     """Keys that start so, sorted; for copying and sizes only."""
     found = self.kv.list(_starting(prefix))

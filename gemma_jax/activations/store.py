@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,9 +89,10 @@ class ActivationStore:
   Use `ActivationStore.open(where)`; `len(store)` is N.
   """
 
-  def __init__(self, root: Location, manifest: dict[str, Any], parts):
+  def __init__(self, root: Location, manifest: dict[str, Any], parts, sources):
     self.root = root
     self._manifest = manifest
+    self.sources: tuple[str, ...] = sources
     self._parts: list[_Part] = parts
     self._stops = np.asarray([part.stop for part in parts])
 
@@ -117,9 +118,7 @@ class ActivationStore:
       parts.append(part)
     for part in parts:
       part.check()
-    store = cls(root, manifest, parts)
-    store.sources = tuple(sources)
-    return store
+    return cls(root, manifest, parts, tuple(sources))
 
   def __len__(self) -> int:
     return int(self._stops[-1])
@@ -161,7 +160,16 @@ class ActivationStore:
   @functools.cached_property
   def documents(self) -> list[tuple[str, str, str]]:
     """(id, source, name) of each document, in the label's numbers."""
-    found = []
+    return list(self._each_document())
+
+  def named(self, numbers: Collection[int]) -> dict[int, tuple[str, str, str]]:
+    """(id, source, name) of some documents; memory for these alone."""
+    wanted = set(numbers)
+    return {
+      i: names for i, names in enumerate(self._each_document()) if i in wanted
+    }
+
+  def _each_document(self) -> Iterator[tuple[str, str, str]]:
     for part in self._parts:
       for i in range(part.value["document_files"]):
         key = layout.documents_key(i)
@@ -169,10 +177,10 @@ class ActivationStore:
         if data is None:
           raise OSError(f"{part.location}/{key} is missing. {self._help}")
         try:
-          found += layout.unpack_documents(data)
+          found = layout.unpack_documents(data)
         except ValueError as e:
           raise OSError(f"{part.location}/{key} holds {e}. {self._help}") from e
-    return found
+        yield from found
 
   @property
   def _help(self) -> str:

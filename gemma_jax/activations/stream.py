@@ -62,8 +62,10 @@ class Stream:
     buffer_rows: int = 2**18,
     sharding: Any = None,
   ):
-    if batch_size < 1:
-      raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    if batch_size < 1 or start < 0:
+      raise ValueError(
+        f"batch_size={batch_size} must be at least 1, start={start} at least 0."
+      )
     stores = list(stores) if isinstance(stores, Sequence) else [stores]
     sites = tuple(stores[0].sites if sites is None else sites)
     for store in stores:

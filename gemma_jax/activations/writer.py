@@ -13,7 +13,7 @@ import numpy as np
 import tensorstore as ts
 
 from gemma_jax.activations import layout, storage
-from gemma_jax.activations.claim import lock
+from gemma_jax.activations.claim import LEASE_SECONDS, lock
 from gemma_jax.activations.layout import LABELS, MANIFEST, SCALE
 from gemma_jax.activations.storage import Document, Location
 
@@ -51,7 +51,8 @@ class Writer:
     parts: how many the store has, when it is made.
     append: write behind the parts that are there, or go on with the one that
       has the same `made_by`; `part` and `parts` are not looked at.
-    state: gives what is kept beside the rows at each commit, see `saved`.
+    state: gives what is kept beside the rows at each commit, see `saved`; of
+      None the last stays.
 
   Raises:
     BlockingIOError: another process is writing this part.
@@ -71,10 +72,12 @@ class Writer:
     part: int = 0,
     parts: int = 1,
     append: bool = False,
-    state: Callable[[], bytes] | None = None,
+    state: Callable[[], bytes | None] | None = None,
   ):
     if dtype not in layout.DTYPES:
       raise ValueError(f"dtype {dtype!r}; expected one of {layout.DTYPES}.")
+    if reserved := sorted(set(sites) & layout.RESERVED):
+      raise ValueError(f"No site can be called {', '.join(reserved)}.")
     self.root = Location(where)
     self._sites, self._dtype = dict(sites), dtype
     made_by = _plain({"made_by": made_by or {}, "sources": list(sources)})
@@ -83,6 +86,7 @@ class Writer:
     self.prefix = layout.part_name(part)
     self.location = Location(f"{self.root}/{self.prefix}")
     self._release = lock(self.location)
+    self._renewed = time.monotonic()
     try:
       self._open(made_by)
     except BaseException:
@@ -118,6 +122,11 @@ class Writer:
         layout.check_format(self.root, there)
         if append:
           new["parts"] = there["parts"]
+        if there | {"parts": new["parts"]} == new != there:
+          raise ValueError(
+            f"{self.root} has {there['parts']} parts, expected "
+            f"{new['parts']}. Run as many processes, or pass append=True."
+          )
         if there != new:
           raise ValueError(
             f"{self.root} was made by another harvest "
@@ -254,6 +263,8 @@ class Writer:
     """
     self._check_writing()
     n = self._check(arrays)
+    if time.monotonic() - self._renewed > LEASE_SECONDS / 10:
+      self._renew()
     while self._flights and all(f.done() for f in self._flights[0].futures):
       self._settle()
     first_row = self._next if first_row is None else first_row
@@ -379,16 +390,15 @@ class Writer:
 
   def _commit(self, documents, state, **changes) -> None:
     there = self._part.value
-    try:
-      # Who has lost the part must not write over what its new owner wrote.
-      self._release.renew()
-    except storage.Conflict as e:
-      raise self._lost() from e
+    # Who has lost the part must not write over what its new owner wrote.
+    self._renew()
     if documents:
       name = layout.documents_key(there["document_files"])
       self.location.write(name, layout.pack_documents(documents))
       changes["documents"] = there["documents"] + len(documents)
       changes["document_files"] = there["document_files"] + 1
+    if self._state is None and not there["complete"]:
+      changes["state"] = None  # an earlier writer's are not of all rows
     if state is not None:
       changes["state"] = f"state/{changes['committed']:012d}.npz"
       self.location.write(changes["state"], state)
@@ -399,6 +409,13 @@ class Writer:
       raise self._lost() from e
     if there["state"] not in (None, self._part.value["state"]):
       self.location.delete(there["state"])
+
+  def _renew(self) -> None:
+    try:
+      self._release.renew()
+    except storage.Conflict as e:
+      raise self._lost() from e
+    self._renewed = time.monotonic()
 
   def _lost(self) -> BlockingIOError:
     return BlockingIOError(
@@ -443,7 +460,7 @@ class Writer:
           state,
           committed=self.committed,
           complete=True,
-          report=self.report,
+          report=there["report"] if self.report is None else self.report,
         )
         self._documents = []
     except BaseException:

@@ -106,7 +106,7 @@ def test_the_store_says_what_made_it(gemma2, tmp_path):
   windows = make_windows(3)
   store = harvest(gemma2, windows, SITES, tmp_path, batch_size=2)
   assert store.metadata == {
-    "model": str(gemma2.directory),
+    "model": gemma2.directory.name,
     "model_fingerprint": fingerprints.of_model(gemma2.directory),
     "family": gemma2.config.family,
     "compute_dtype": "float32",
@@ -116,10 +116,12 @@ def test_the_store_says_what_made_it(gemma2, tmp_path):
   assert part["made_by"] == {
     "windows": fingerprint(windows),
     "fields": {},
-    "batch_size": 2,
     "context": CONTEXT,
     "keep": [1.0, 0],
     "covariance": False,
+    "batch_size": 2,
+    "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+    "process": [0, 1],
   }
   assert store.documents == list(windows.documents)
   assert store.sites == dict.fromkeys(SITES, gemma2.config.width)

@@ -15,6 +15,7 @@ from gemma_jax.activations import (
   layout,
   measure,
 )
+from gemma_jax.activations.harvester import Harvester
 from gemma_jax.activations.storage import Document, Location
 from tests.activations.windows import SITES, make_windows
 
@@ -317,3 +318,71 @@ def test_windows_are_regrouped_with_their_documents():
   again = list(capture.rebatch(parts, 10))
   assert [len(p.tokens) for p in again] == [10, 10, 3]
   np.testing.assert_array_equal(again[1].tokens, windows.tokens[10:20])
+
+
+# ------------------------------------------------------------- what is refused
+
+
+def test_a_complete_store_of_another_model_is_refused(
+  model, windows, one_device, tmp_path
+):
+  harvest(model, windows, SITES, tmp_path, batch_size=8)
+  other = models.load_model("random:gemma3-tiny", mesh=one_device)
+  with pytest.raises(ValueError, match=r"another harvest .*family"):
+    harvest(other, windows, SITES, tmp_path, batch_size=8)
+  with pytest.raises(ValueError, match=r"another harvest .*keep"):
+    harvest(model, windows, SITES, tmp_path, batch_size=8, keep=0.5)
+
+
+def test_what_could_not_be_summed_up_is_not_appended(
+  model, documents, tokenizer, tmp_path
+):
+  text = stream(documents, tokenizer)
+  store = harvest(model, text, SITES, tmp_path, batch_size=8)
+  other = stream(documents, tokenizer, seed=1, context=16)
+  with pytest.raises(ValueError, match=r"context=32; .*got 16"):
+    harvest(model, other, SITES, tmp_path, batch_size=8, append=True)
+  with pytest.raises(ValueError, match=r"covariance=False; .*got True"):
+    harvest(
+      model,
+      stream(documents, tokenizer, seed=1),
+      SITES,
+      tmp_path,
+      batch_size=8,
+      append=True,
+      covariance=True,
+    )
+  assert len(ActivationStore.open(tmp_path)) == len(store)
+
+
+def test_statistics_that_an_interruption_left_behind_do_not_speak_for_all(
+  model, windows, small_shards, tmp_path, monkeypatch
+):
+  real, calls = Harvester._launch, []
+
+  def breaks_off(self, job):
+    calls.append(job)
+    if len(calls) == 8:
+      raise KeyboardInterrupt
+    return real(self, job)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Harvester, "_launch", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+      harvest(model, windows, SITES, tmp_path, batch_size=8)
+  assert list(tmp_path.rglob("state/*.npz"))
+  store = harvest(
+    model, windows, SITES, tmp_path, batch_size=8, statistics=False
+  )
+  assert store.statistics(READ) is None
+  assert not list(tmp_path.rglob("state/*.npz"))
+
+
+@pytest.mark.parametrize("seed", [-1, 5, 2**70])
+def test_any_integer_is_a_seed_of_the_subsampling(
+  seed, model, windows, tmp_path
+):
+  store = harvest(
+    model, windows, SITES, tmp_path, batch_size=8, keep=0.5, keep_seed=seed
+  )
+  assert abs(len(store) - 1_500) < 3 * np.sqrt(3_000 * 0.25)

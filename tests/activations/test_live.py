@@ -1,5 +1,6 @@
 """Batches straight from the model are its sites, each row once per epoch."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -123,14 +124,26 @@ def test_sizes_that_the_mesh_does_not_divide_are_refused(windows):
 def test_a_value_that_is_not_finite_names_the_site(model, windows):
   tokens = windows.tokens.copy()
   broken = model.params["embed"].at[tokens[3, 1]].set(np.nan)
-  bad = models.Model(
-    **vars(model) | {"params": model.params | {"embed": broken}}
-  )
+  bad = dataclasses.replace(model, params=model.params | {"embed": broken})
   with pytest.raises(FloatingPointError, match=r"blocks\.1\.mlp_in is not"):
-    take(bad, windows, 30)
+    take(bad, windows, 1)
 
 
 def test_what_fits_is_taken_where_no_size_is_given(model, windows):
   (batch,) = take(model, windows, 1, windows_per_pass=None)
   assert batch[READ].shape == (16, model.config.width)
   assert windows.tokens.shape[1] == CONTEXT
+
+
+def test_windows_of_which_nothing_counts_are_an_error(model, windows):
+  nothing = dataclasses.replace(windows, mask=np.zeros_like(windows.mask))
+  with pytest.raises(ValueError, match="No position of these windows counts"):
+    take(model, nothing, 1)
+
+
+@pytest.mark.parametrize(("batch", "start"), [(0, 0), (-3, 0), (16, -1)])
+def test_a_batch_or_a_start_that_is_none_is_refused(
+  batch, start, model, windows
+):
+  with pytest.raises(ValueError, match="must be at least 1"):
+    ModelStream(model, windows, SITES, batch, 0, start=start, **OPTIONS)

@@ -117,7 +117,9 @@ def test_a_part_that_was_interrupted_is_named(tmp_path, small):
     interrupt(tmp_path / "s", make_rows(FIRST), 150, part=part, parts=2)
   with make_writer(tmp_path / "s", part=0, parts=2) as writer:
     feed(writer, make_rows(FIRST))
-  with pytest.raises(ValueError, match=r"parts/00001.* is incomplete.*64 rows"):
+  with pytest.raises(
+    ValueError, match=r"parts/00001.* is incomplete.*128 rows"
+  ):
     ActivationStore.open(tmp_path / "s")
 
 
@@ -150,7 +152,7 @@ def test_appending_goes_on_with_what_was_interrupted(tmp_path, small):
   with make_writer(
     path, made_by={"text": "b"}, append=True, sources=OTHERS
   ) as again:
-    assert again.committed == 128
+    assert again.committed == 192
     feed(again, second)
   store = ActivationStore.open(path)
   assert_is_both(store)

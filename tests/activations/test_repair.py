@@ -151,7 +151,7 @@ def test_rows_of_a_later_part_count_through_the_store(plain):
 
 @pytest.mark.parametrize("what", ["gone", "empty", "short", "index"])
 def test_a_shard_that_is_gone_or_cut_has_all_its_chunks_damaged(what, plain):
-  key = f"{PART}position/c/1"
+  key = f"{PART}labels/c/1/0"
   file = plain / key
   if what == "gone":
     file.unlink()
@@ -160,7 +160,7 @@ def test_a_shard_that_is_gone_or_cut_has_all_its_chunks_damaged(what, plain):
   else:
     file.write_bytes(file.read_bytes()[: 0 if what == "empty" else 1_000])
   found = verify(plain)
-  assert {(d.array, d.key) for d in found} == {("position", key)}
+  assert {(d.array, d.key) for d in found} == {("labels", key)}
   at = [SHARD_ROWS + i * CHUNK_ROWS for i in range(16)]
   assert [(d.start, d.stop) for d in found] == [(a, a + CHUNK_ROWS) for a in at]
 
@@ -206,7 +206,7 @@ def test_what_a_repair_takes_out_is_written_again_to_the_same_bytes(
   path, dtype = copy
   flip(path / f"{PART}{READ}/c/0/0", 77)
   flip(path / f"{PART}{WRITE}/c/2/0", 3)
-  flip(path / f"{PART}end/c/2", -1)
+  flip(path / f"{PART}labels/c/2/0", -1)
   (path / f"parts/00001/{READ}/c/0/0").unlink()
   (path / f"{PART}{WRITE}/zarr.json").write_text("{")
   flip(path / "parts/00001/labels/zarr.json", 40)
@@ -235,9 +235,9 @@ def test_every_scale_of_an_int8_store_is_checked(tmp_path):
 
 def test_damaged_metadata_are_written_anew_without_touching_a_row(plain):
   before = tree(plain)
-  for name in (READ, "token"):
+  for name in (READ, "labels"):
     flip(plain / f"{PART}{name}/zarr.json", 60)
-  (plain / f"{PART}source/zarr.json").unlink()
+  (plain / f"{PART}{WRITE}/zarr.json").unlink()
   assert len(repair(plain)) == 3
   assert tree(plain) == before
 
@@ -270,6 +270,9 @@ def test_damaged_statistics_are_dropped_and_the_rows_stay(plain):
   assert not (plain / STATE).exists()
   changed = {k for k, v in tree(plain).items() if v != rows[k]}
   assert changed == {f"{PART}part.json"}
+  # The same harvest, which measures, gives the part its statistics again.
+  write_both(plain)
+  assert tree(plain) == rows
 
 
 @pytest.mark.parametrize("key", [f"{PART}part.json", "manifest.json"])
@@ -289,7 +292,7 @@ def test_an_incomplete_store_is_checked_as_far_as_it_goes(tmp_path, plain):
   path = tmp_path / "cut"
   write(path, 0, stop=2 * SHARD_ROWS + 1_000)
   part = json.loads((path / f"{PART}part.json").read_text())
-  assert (part["committed"], part["complete"]) == (SHARD_ROWS, False)
+  assert (part["committed"], part["complete"]) == (2 * SHARD_ROWS, False)
   assert verify(path) == []
   key = f"{PART}{READ}/c/0/0"
   flip(path / key, 3)
@@ -328,7 +331,7 @@ def test_the_same_harvest_fills_what_a_repair_took_out(
     PART + key
     for key in (
       f"{READ}/c/1/0",
-      f"token/c/{last}",
+      f"labels/c/{last}/0",
       "documents/000000.jsonl.gz",
       f"state/{len(store):012d}.npz",
     )
@@ -381,7 +384,7 @@ def test_a_store_in_memory_is_repaired_too():
   where = "memory://repair/store"
   write_both(where)
   store = ActivationStore.open(where)
-  root, key = store.root, f"{PART}token/c/1"
+  root, key = store.root, f"{PART}labels/c/1/0"
   good = root.read(key)
   root.write(key, good[:50] + b"?" + good[51:])
   assert {d.key for d in repair(where)} == {key}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_jax.activations import ActivationStore, measure
-from gemma_jax.activations.layout import FORMAT, LABELS, SHARD_ROWS
+from gemma_jax.activations.layout import FORMAT, LABELS, SHARD_ROWS, TOGETHER
 from gemma_jax.activations.records import save_statistics, write_statistics
 from tests.activations.rows import (
   READ,
@@ -150,16 +150,17 @@ def test_rows_outside_the_store_are_refused(start, stop, store):
 def test_an_incomplete_store_says_to_run_the_harvest_again(tmp_path, small):
   interrupt(tmp_path / "s", make_rows(N), 150)
   with pytest.raises(
-    ValueError, match=r"first 64 rows.*interrupted.*same harvest again"
+    ValueError, match=r"first 128 rows.*interrupted.*same harvest again"
   ):
     ActivationStore.open(tmp_path / "s")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "parts/00000/part.json"])
 @pytest.mark.parametrize("contents", ["", '{"format": 3, "ro', "[1, 2]", "{}"])
-def test_a_damaged_document_says_to_harvest_again(contents, name, store):
+def test_a_damaged_document_says_to_repair_the_store(contents, name, store):
   (store.path / name).write_text(contents)
-  with pytest.raises(ValueError, match=f"{name} is damaged .*harvest again"):
+  words = rf"{name} is damaged .*launch\.store repair`.*harvest then writes it"
+  with pytest.raises(ValueError, match=words):
     ActivationStore.open(store.path)
 
 
@@ -179,7 +180,7 @@ def test_a_store_of_another_version_says_so(store, monkeypatch):
     ActivationStore.open(store.path)
 
 
-@pytest.mark.parametrize("name", [READ, "document"])
+@pytest.mark.parametrize("name", [READ, TOGETHER])
 def test_a_missing_array_is_named(name, store):
   shutil.rmtree(store.path / "parts" / "00000" / name)
   with pytest.raises(

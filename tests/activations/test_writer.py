@@ -1,6 +1,6 @@
 """One writer at a time, in order; what does not fit is refused."""
 
-import itertools
+import contextlib
 import re
 import time
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gemma_jax.activations import ActivationStore, Writer, is_complete
+from gemma_jax.activations import writer as writing
 from gemma_jax.activations.storage import Location
 from tests.activations.rows import (
   DOCUMENT,
@@ -16,6 +17,7 @@ from tests.activations.rows import (
   SOURCES,
   assert_holds,
   cut,
+  digests,
   feed,
   interrupt,
   make_documents,
@@ -30,12 +32,15 @@ pytestmark = pytest.mark.usefixtures("small")
 def test_a_writer_counts_what_has_arrived(tmp_path):
   rows = make_rows(300)
   with make_writer(tmp_path / "s") as writer:
-    feed(writer, rows, stop=200)
-    # Three shards are full: the third is on its way.
-    assert writer.committed == 128
-    assert writer.documents == -(-148 // DOCUMENT)
+    feed(writer, rows, block=74, stop=74)
+    # A shard is on its way; whether it arrived is looked at later.
+    assert (writer.committed, writer.documents) == (0, 0)
+    feed(writer, rows, block=126, start=74, stop=200)
+    # Three shards are full: two are on their way, so the first must be there.
+    assert writer.committed == 64
+    assert writer.documents == -(-74 // DOCUMENT)
     assert not writer.complete
-    assert [writer.needs(*r) for r in [(0, 128), (127, 129), (5, 5)]] == [
+    assert [writer.needs(*r) for r in [(0, 64), (63, 65), (5, 5)]] == [
       False,
       True,
       False,
@@ -47,17 +52,51 @@ def test_a_writer_counts_what_has_arrived(tmp_path):
   assert not writer.needs(0, 10**6)
 
 
+def test_shards_that_have_arrived_are_committed_at_the_next_append(tmp_path):
+  rows = make_rows(300)
+  with make_writer(tmp_path / "s") as writer:
+    feed(writer, rows, block=200, stop=200)
+    assert writer.committed == 64
+    until = time.monotonic() + 60
+    while writer.committed < 192 and time.monotonic() < until:
+      time.sleep(0.01)
+      writer.append(cut(rows, 200, 200))  # even one without rows
+    assert writer.committed == 192
+    assert writer.documents == -(-200 // DOCUMENT)
+    feed(writer, rows, start=200)
+  assert_holds(ActivationStore.open(tmp_path / "s"), rows)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_any_number_of_shards_in_flight_makes_the_same_bytes(
+  shards, tmp_path, monkeypatch
+):
+  rows = make_rows(600)
+  write(tmp_path / "usual", rows)
+  monkeypatch.setattr(writing, "IN_FLIGHT", shards)
+  with make_writer(tmp_path / "s") as writer:
+    writer.append(rows, documents=make_documents(600))
+    assert writer.committed == (9 - shards) * 64  # of nine that are full
+  arrays = [
+    {k: v for k, v in digests(tmp_path / s).items() if "/documents/" not in k}
+    for s in ("usual", "s")
+  ]
+  assert arrays[0] == arrays[1]
+  names = ActivationStore.open(tmp_path / "s").documents
+  assert names == make_documents(600)
+
+
 def test_rows_that_are_there_already_are_left_out(tmp_path):
   rows = make_rows(300)
   interrupt(tmp_path / "s", rows, 250)
   wrong = {name: np.zeros_like(x) for name, x in rows.items()}
   with make_writer(tmp_path / "s") as again:
-    assert again.committed == 128
-    again.append(cut(wrong, 0, 128), documents=make_documents(128))
+    assert again.committed == 192
+    again.append(cut(wrong, 0, 192), documents=make_documents(192))
     again.append(
-      cut(rows, 128, 300),
-      documents=make_documents(300)[18:],
-      first_document=18,
+      cut(rows, 192, 300),
+      documents=make_documents(300)[27:],
+      first_document=27,
     )
   store = ActivationStore.open(tmp_path / "s")
   assert_holds(store, rows)
@@ -75,14 +114,47 @@ def test_a_complete_store_takes_no_more_and_stays_as_it_is(tmp_path):
 
 def test_state_is_what_it_was_when_the_rows_were_sent(tmp_path):
   rows = make_rows(300)
-  numbers = itertools.count()
-  interrupt(tmp_path / "s", rows, 200, state=lambda: b"%d" % next(numbers))
+  covered = 0
+  with (
+    contextlib.suppress(KeyboardInterrupt),
+    make_writer(tmp_path / "s", state=lambda: b"%d" % covered) as writer,
+  ):
+    for start in (0, 64, 128):
+      covered = start
+      feed(writer, rows, block=64, start=start, stop=start + 64)
+    covered = 200  # before the last shard is committed
+    raise KeyboardInterrupt
   with make_writer(tmp_path / "s") as again:
-    assert again.committed == 128
-    assert again.saved == b"1"
+    assert again.committed == 192
+    assert again.saved == b"128"
+    feed(again, rows)
+  # This one takes none, and the first one's is not of all rows.
+  assert Location(tmp_path / "s/parts/00000").keys("state/") == []
+
+
+def test_a_state_of_none_keeps_the_last(tmp_path):
+  rows, given = make_rows(300), iter([b"first", None, None])
+  interrupt(tmp_path / "s", rows, 222, state=lambda: next(given))
+  with make_writer(tmp_path / "s", state=lambda: None) as again:
+    assert again.committed == 192
+    assert again.saved == b"first"
     feed(again, rows)
   keys = Location(tmp_path / "s/parts/00000").keys("state/")
-  assert keys == ["state/000000000128.npz"]
+  assert keys == ["state/000000000064.npz"]
+
+
+def test_a_complete_part_without_state_is_given_one(tmp_path):
+  rows = make_rows(100)
+  with make_writer(tmp_path / "s") as writer:
+    feed(writer, rows)
+    writer.report = {"windows": 3}
+  with make_writer(tmp_path / "s", state=lambda: b"measured") as again:
+    assert again.complete
+    assert again.saved is None
+  with make_writer(tmp_path / "s", state=lambda: b"not asked for") as third:
+    assert third.saved == b"measured"
+    assert third.description["report"] == {"windows": 3}
+  assert_holds(ActivationStore.open(tmp_path / "s"), rows)
 
 
 def test_a_state_that_no_commit_names_is_swept_away(tmp_path):
@@ -118,7 +190,6 @@ def test_the_rate_leaves_the_interruption_out(tmp_path):
     ({"metadata": {"model": "another"}}, "metadata.model: 'tiny' there"),
     ({"dtype": "bfloat16"}, "dtype: 'float32' there, 'bfloat16' here"),
     ({"sites": {READ: 4}}, "sites.blocks.1.mlp_out: 3 there, None here"),
-    ({"parts": 2}, "parts: 1 there, 2 here"),
     ({"made_by": {"text": "b"}}, "made_by.text: 'a' there, 'b' here"),
     ({"sources": ("mail",)}, "sources: .* there, .* here"),
   ],
@@ -143,6 +214,16 @@ def test_another_harvests_store_is_refused_and_left_as_it_is(
   assert_holds(ActivationStore.open(tmp_path / "s"), rows)
   with Writer(tmp_path / "s", **same) as again:
     assert again.complete
+
+
+def test_another_number_of_parts_is_refused(tmp_path):
+  rows = make_rows(100)
+  write(tmp_path / "s", rows)
+  with pytest.raises(
+    ValueError, match=r"has 1 parts, expected 2\. Run as many"
+  ):
+    make_writer(tmp_path / "s", parts=2)
+  assert_holds(ActivationStore.open(tmp_path / "s"), rows)
 
 
 def test_metadata_is_compared_as_json_holds_it(tmp_path):
@@ -195,9 +276,9 @@ def test_rows_and_documents_that_skip_some_are_refused(first_row, tmp_path):
 def test_a_writer_that_was_let_go_of_writes_nothing_more(tmp_path):
   rows = make_rows(300)
   writer = make_writer(tmp_path / "s")
-  feed(writer, rows, stop=200)
+  feed(writer, rows, block=200, stop=200)
   writer.abandon()
-  words = re.compile("has stopped. Make another: it goes on from row 128")
+  words = re.compile("has stopped. Make another: it goes on from row 64")
   with pytest.raises(ValueError, match=words):
     feed(writer, rows, start=200)
   with pytest.raises(ValueError, match=words):

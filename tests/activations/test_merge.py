@@ -132,7 +132,7 @@ def die(self, value):
     os._exit(9)
   replace(self, value)
 storage.Document.replace = die
-merge.merge(sys.argv[1], sys.argv[2:])
+merge(sys.argv[1], sys.argv[2:])
 """
 
 

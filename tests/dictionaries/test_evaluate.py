@@ -16,13 +16,9 @@ D, E, M, N, TOP = 6, 5, 16, 300, 8
 def make_store(path, x, y):
   rows = {READ: x, WRITE: y}
   rows |= dict.fromkeys(LABELS, np.arange(len(x), dtype=np.int32))
-  with Writer(
-    path,
-    rows=len(x),
-    sites={READ: D, WRITE: E},
-    dtype="float32",
-    metadata={},
-  ) as writer:
+  rows["source"] = np.zeros(len(x), np.int32)
+  sites = {READ: D, WRITE: E}
+  with Writer(path, sites=sites, dtype="float32", metadata={}) as writer:
     writer.append(rows)
   return ActivationStore.open(path)
 

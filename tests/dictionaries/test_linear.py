@@ -168,10 +168,9 @@ def test_a_store_is_fitted_with_its_last_tenth_as_the_judge(
   tmp_path, monkeypatch
 ):
   x, y = data(n=95)
-  labels = dict.fromkeys(LABELS, np.arange(95, dtype=np.int32))
-  with Writer(
-    tmp_path, rows=95, sites={"x": 5, "y": 3}, dtype="float32", metadata={}
-  ) as writer:
+  labels = dict.fromkeys(LABELS, np.zeros(95, np.int32))
+  sites = {"x": 5, "y": 3}
+  with Writer(tmp_path, sites=sites, dtype="float32", metadata={}) as writer:
     writer.append({"x": x, "y": y} | labels)
   monkeypatch.setattr(linear, "BLOCK", 20)
   total, ridge = linear.fit(ActivationStore.open(tmp_path), "x", "y")

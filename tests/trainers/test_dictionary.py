@@ -129,7 +129,7 @@ def test_a_second_training_uses_the_first_ones_activations(
   def refuse(*args, **kwargs):
     raise AssertionError("the harvest was repeated")
 
-  module = importlib.import_module("gemma_jax.activations.harvest")
+  module = importlib.import_module("gemma_jax.activations.harvester")
   monkeypatch.setattr(module, "Writer", refuse)
   results = dictionary.run(smoke(seed=1, **{"train.steps": 10}), tmp_path / "b")
   assert results["tokens_train"] == 10 * 512

@@ -62,10 +62,11 @@ def convert(
     ImportError: the `gguf` library is not installed.
   """
   path, directory = pathlib.Path(path), pathlib.Path(directory)
-  if _complete(directory):
-    return directory
   if directory.exists() and any(directory.iterdir()):
-    _refuse_directory(directory)
+    # Asked second: another process may just have made it.
+    if not _complete(directory):
+      _refuse_directory(directory)
+    return directory
   gguf = _import("gguf")
   start = time.perf_counter()
   logging.info("Converting %s into %s.", path, directory)

@@ -34,7 +34,6 @@ log = logging.getLogger("gemma_jax")
 
 COUNTED = 2**27  # rows whose sources are counted at once: seconds
 SOURCE = layout.LABELS.index("source")
-ITEM = {"bfloat16": 2, "float32": 4, "int8": 1}
 
 
 # ---------------------------------------------------------- verify and repair
@@ -135,6 +134,7 @@ def describe(where: str | os.PathLike) -> dict:
   sites, dtype = manifest["sites"], manifest["dtype"]
   parts = layout.parts(root, manifest)
   begun = [part for part in parts if part]
+  item = ts.dtype(dtype).numpy_dtype.itemsize
   rows = [
     part["committed"] - sum(stop - start for start, stop in part["holes"])
     for part in begun
@@ -142,7 +142,7 @@ def describe(where: str | os.PathLike) -> dict:
   seconds = sum(part["seconds"] for part in begun)
   return {
     "store": str(where),
-    "complete": all(p and p["complete"] and not p["holes"] for p in parts),
+    "complete": all(map(layout.is_whole, parts)),
     "rows": sum(rows),
     "sites": sites,
     "dtype": dtype,
@@ -163,7 +163,7 @@ def describe(where: str | os.PathLike) -> dict:
     "documents": sum(part["documents"] for part in begun),
     "sources": _tokens_by_source(root, manifest, parts),
     "bytes": {
-      "vectors": sum(rows) * sum(sites.values()) * ITEM[dtype],
+      "vectors": sum(rows) * sum(sites.values()) * item,
       "stored": _size(root),
     },
     "tokens_per_second": sum(rows) / seconds if seconds else None,
@@ -282,10 +282,10 @@ def _stats(where: str) -> int:
     for name, value in row.items():
       print(f"  {name:20} {_number(value)}")
     for o in outliers[:5]:
+      name = o["name"] or o["id"] or f"document {o['document']}"
       print(
         f"  outlier              norm {o['norm']:.4g} (z {o['z']:.3g}) at "
-        f"position {o['position']} of "
-        f"{o['name'] or o['id'] or 'document {}'.format(o['document'])}"
+        f"position {o['position']} of {name}"
       )
   print(f"{root}/stats.json", *paths)
   return 0

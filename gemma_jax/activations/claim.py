@@ -15,7 +15,7 @@ LEASE_SECONDS = 600.0
 
 
 class _Held:
-  """Released by a call; a lease is renewed at every commit."""
+  """Released by a call; a lease is renewed while it is held."""
 
   def __init__(self, release, renew=lambda: None):
     self._release, self.renew = release, renew

@@ -14,11 +14,7 @@ from gemma_jax import cache
 from gemma_jax.activations import fingerprints, layout
 from gemma_jax.activations.harvester import Harvester
 from gemma_jax.activations.records import write_statistics
-from gemma_jax.activations.store import (
-  ActivationStore,
-  is_complete,
-  read_manifest,
-)
+from gemma_jax.activations.store import ActivationStore, is_complete
 from gemma_jax.data import Windows, WindowStream
 from gemma_jax.models import Model
 
@@ -130,13 +126,13 @@ def harvest(
     windows,
     capture,
     where,
-    batch_size,
-    dtype,
-    keep,
-    keep_seed,
-    statistics,
-    covariance,
-    append,
+    batch_size=batch_size,
+    dtype=dtype,
+    keep=keep,
+    keep_seed=keep_seed,
+    with_statistics=statistics,
+    covariance=covariance,
+    append=append,
   )
   run.go()
   if jax.process_count() > 1:
@@ -155,12 +151,11 @@ def harvest(
 
 def _opened(where, here) -> ActivationStore:
   """A complete store; refuses one of another model, sites or text."""
-  _, manifest = read_manifest(where)
   store = ActivationStore.open(where)
   first = store.parts[0]["made_by"]
-  known = manifest["metadata"] | {
-    "sites": sorted(manifest["sites"]),
-    "dtype": manifest["dtype"],
+  known = store.metadata | {
+    "sites": sorted(store.sites),
+    "dtype": store.dtype,
     **{name: first.get(name) for name in ("windows", "keep")},
   }
   there = {name: known.get(name) for name in here}

@@ -1,7 +1,9 @@
 """Runs the windows that a store lacks, and writes what comes of them."""
 
+import dataclasses
 import functools
 import logging
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +21,7 @@ from gemma_jax.activations.statistics import Statistics
 from gemma_jax.activations.store import read_manifest
 from gemma_jax.activations.writer import Writer
 from gemma_jax.data import Windows, WindowStream
-from gemma_jax.models import sites
+from gemma_jax.models import Model, sites
 
 log = logging.getLogger("gemma_jax")
 
@@ -27,70 +29,68 @@ log = logging.getLogger("gemma_jax")
 COVARIANCE_SHARE = 20
 
 
+@dataclasses.dataclass(eq=False)
 class Harvester:
   """One process's share of a harvest; see `harvest` for the arguments."""
 
-  def __init__(
-    self,
-    model,
-    windows,
-    capture,
-    where,
-    batch_size,
-    dtype,
-    keep,
-    keep_seed,
-    statistics,
-    covariance,
-    append,
-  ):
-    self.model, self.windows, self.capture = model, windows, capture
-    self.where, self.dtype = where, dtype
-    self.keep, self.keep_seed = keep, keep_seed
-    self.covariance, self.with_statistics = covariance, statistics
+  model: Model
+  windows: Windows | WindowStream
+  capture: tuple[str, ...]
+  where: str | os.PathLike
+  _: dataclasses.KW_ONLY
+  batch_size: int | None
+  dtype: str
+  keep: float
+  keep_seed: int
+  with_statistics: bool
+  covariance: bool
+  append: bool
+
+  def __post_init__(self):
+    model, windows, capture = self.model, self.windows, self.capture
     self.width = capturing.widths(model, capture)
     stream = isinstance(windows, WindowStream)
     fields = windows.fields if stream else {}
+    self.text = fingerprints.of_windows(windows)
     self.sources = windows.sources
     self.context = fields["context"] if stream else int(windows.tokens.shape[1])
     self.expected = (
       fields.get("max_tokens") if stream else int(windows.num_tokens)
     )
     # int8 is made of what the model gave.
-    self.computed = jnp.dtype("float32" if dtype == "int8" else dtype)
+    self.computed = jnp.dtype("float32" if self.dtype == "int8" else self.dtype)
     ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    if batch_size is None:
-      batch_size = self._batch_there() or capturing.fitting_batch(
+    self.batch = self.batch_size
+    if self.batch is None:
+      self.batch = self._batch_there() or capturing.fitting_batch(
         model,
         capture,
         self.context,
         str(self.computed),
-        statistics=statistics,
-        covariance=covariance,
+        statistics=self.with_statistics,
+        covariance=self.covariance,
       )
-    if batch_size % ways:
+    if self.batch % ways:
       raise ValueError(
-        f"batch_size={batch_size} windows do not divide over the {ways} "
+        f"batch_size={self.batch} windows do not divide over the {ways} "
         "devices of the mesh's data and fsdp axes. Use a multiple."
       )
-    self.batch = batch_size
     self.metadata = fingerprints.describe(model)
     self.made_by = {
-      "windows": fingerprints.of_windows(windows),
+      "windows": self.text,
       "fields": fields,
       "context": self.context,
-      "keep": [keep, keep_seed],
-      "covariance": covariance,
+      "keep": [self.keep, self.keep_seed],
+      "covariance": self.covariance,
       # Another batch or mesh may give other bits, and other processes have
       # other windows, so they may not go on with these.
-      "batch_size": batch_size,
+      "batch_size": self.batch,
       "mesh": dict(model.mesh.shape),
       "process": [jax.process_index(), jax.process_count()],
     }
-    self.append = append
-    if append:
+    if self.append:
       self._check_alike()
-    self.mine = capturing.own_windows(model, batch_size, self.context)
+    self.mine = capturing.own_windows(model, self.batch, self.context)
     self.names: dict[int, tuple] = {}  # of documents that may still come up
     self.saved_rows, self.done = 0, False
     self.statistics = {
@@ -98,10 +98,10 @@ class Harvester:
         d,
         positions=self.context,
         sources=self.sources,
-        covariance=covariance,
+        covariance=self.covariance,
       )
       for site, d in self.width.items()
-      if statistics
+      if self.with_statistics
     }
     self.covered = 0  # rows that the statistics know
 
@@ -111,11 +111,10 @@ class Harvester:
       root, manifest = read_manifest(self.where)
     except FileNotFoundError:
       return None
-    windows = fingerprints.of_windows(self.windows)
     found = {
       part["made_by"]["batch_size"]
       for part in layout.parts(root, manifest)
-      if part and part["made_by"].get("windows") == windows
+      if part and part["made_by"].get("windows") == self.text
     }
     return found.pop() if len(found) == 1 else None
 
@@ -193,8 +192,7 @@ class Harvester:
   def _check_space(self, writer: Writer) -> None:
     if writer.location.path is None or self.expected is None:
       return
-    item = {"bfloat16": 2, "float32": 4, "int8": 1}[self.dtype]
-    row = sum(self.width.values()) * item
+    row = sum(self.width.values()) * jnp.dtype(self.dtype).itemsize
     left = self.expected * self.keep / jax.process_count() - writer.committed
     cache.require_space(
       writer.location.path, max(0.0, left) * row, "The activations"
@@ -376,7 +374,7 @@ class _Bar:
     depth = sites.last_layer(run.capture, model.config)
     flops = model.config.flops_per_token(depth, run.context, unembed=False)
     self._flops = flops / run.keep
-    self._row = sum(run.width.values()) * jnp.dtype(run.computed).itemsize
+    self._row = sum(run.width.values()) * run.computed.itemsize
     rate = _matmul_rate(str(model.params["embed"].dtype))
     self._peak = rate * len(jax.local_devices())
     self._began, self._done = None, 0

@@ -72,6 +72,11 @@ def parts(
   ]
 
 
+def is_whole(part: Mapping[str, Any] | None) -> bool:
+  """Whether a part has begun, has ended and has no holes."""
+  return bool(part and part["complete"] and not part["holes"])
+
+
 def lacks(part: Mapping[str, Any], start: int, stop: int) -> bool:
   """Whether any of a part's rows start:stop is still to be written."""
   if stop > part["committed"] and not part["complete"]:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma_jax.activations import capture as capturing
+from gemma_jax.activations.stream import check_batches
 from gemma_jax.data import Windows, WindowStream
 from gemma_jax.models import Model, sharding, sites
 from gemma_jax.models.forward import forward
@@ -74,10 +75,7 @@ class ModelStream:
     buffer_rows: int = 2**17,
     dtype: str = "bfloat16",
   ):
-    if batch_size < 1 or start < 0:
-      raise ValueError(
-        f"batch_size={batch_size} must be at least 1, start={start} at least 0."
-      )
+    check_batches(batch_size, start)
     self._model, self._windows = model, windows
     self._capture, self._dtype = tuple(capture), dtype
     self._width = capturing.widths(model, capture)

@@ -85,7 +85,7 @@ class _Source:
     self.kinds = layout.arrays(manifest["sites"], manifest["dtype"])
     self.parts = []
     for i, value in enumerate(layout.parts(root, manifest)):
-      if not value or not value["complete"] or value["holes"]:
+      if not layout.is_whole(value):
         raise ValueError(
           f"{root} is incomplete in part {i}. Run its harvest again, which "
           "writes what is missing, then merge."

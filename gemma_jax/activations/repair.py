@@ -266,7 +266,7 @@ class _Part:
       return
     try:
       load_statistics(data, key)
-    except (OSError, ValueError, KeyError) as e:
+    except OSError as e:
       yield self._damage("statistics", key, str(e))
 
 

@@ -20,17 +20,15 @@ from gemma_jax.activations.stream import Stream
 class _Part:
   """A part's contents and where its rows and documents begin."""
 
-  def __init__(self, root, index, manifest, start, document, sources):
+  def __init__(self, root, index, manifest, value, start, document, sources):
     self.prefix = layout.part_name(index)
     self.location = Location(f"{root}/{self.prefix}")
-    self.document = Document(self.location, "part.json")
-    value = self.document.value
     if value is None:
       raise ValueError(
         f"{root} lacks part {index} of {manifest['parts']}: its harvest has "
         "not begun. Run it; it goes on from what is there."
       )
-    if not value["complete"] or value["holes"]:
+    if not layout.is_whole(value):
       what = (
         f"has holes at rows {value['holes']}"
         if value["holes"]
@@ -109,11 +107,11 @@ class ActivationStore:
       OSError: the place cannot be reached.
     """
     root, manifest = read_manifest(where)
-    names = [p or {"sources": []} for p in layout.parts(root, manifest)]
-    sources = sorted({s for part in names for s in part["sources"]})
+    values = layout.parts(root, manifest)
+    sources = sorted({s for value in values if value for s in value["sources"]})
     parts, start, document = [], 0, 0
-    for index in range(manifest["parts"]):
-      part = _Part(root, index, manifest, start, document, sources)
+    for index, value in enumerate(values):
+      part = _Part(root, index, manifest, value, start, document, sources)
       start, document = part.stop, document + part.value["documents"]
       parts.append(part)
     for part in parts:
@@ -175,16 +173,16 @@ class ActivationStore:
         key = layout.documents_key(i)
         data = part.location.read(key)
         if data is None:
-          raise OSError(f"{part.location}/{key} is missing. {self._help}")
+          raise OSError(
+            f"{part.location}/{key} is missing. {remedy(self.root)}"
+          )
         try:
           found = layout.unpack_documents(data)
         except ValueError as e:
-          raise OSError(f"{part.location}/{key} holds {e}. {self._help}") from e
+          raise OSError(
+            f"{part.location}/{key} holds {e}. {remedy(self.root)}"
+          ) from e
         yield from found
-
-  @property
-  def _help(self) -> str:
-    return remedy(self.root)
 
   # ------------------------------------------------------------------ reading
   def empty(self, n: int, name: str) -> np.ndarray:
@@ -333,7 +331,4 @@ def is_complete(where: str | os.PathLike) -> bool:
     root, manifest = read_manifest(where)
   except FileNotFoundError:
     return False
-  return all(
-    part and part["complete"] and not part["holes"]
-    for part in layout.parts(root, manifest)
-  )
+  return all(map(layout.is_whole, layout.parts(root, manifest)))

@@ -19,6 +19,14 @@ AHEAD = 2  # batches made before they are asked for
 _BYTES = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
+def check_batches(batch_size: int, start: int) -> None:
+  """Raises ValueError unless there are batches of such a size and number."""
+  if batch_size < 1 or start < 0:
+    raise ValueError(
+      f"batch_size={batch_size} must be at least 1, start={start} at least 0."
+    )
+
+
 class Stream:
   """Endless batches of stores' rows in an order that the seed decides.
 
@@ -62,10 +70,7 @@ class Stream:
     buffer_rows: int = 2**18,
     sharding: Any = None,
   ):
-    if batch_size < 1 or start < 0:
-      raise ValueError(
-        f"batch_size={batch_size} must be at least 1, start={start} at least 0."
-      )
+    check_batches(batch_size, start)
     stores = list(stores) if isinstance(stores, Sequence) else [stores]
     sites = tuple(stores[0].sites if sites is None else sites)
     for store in stores:

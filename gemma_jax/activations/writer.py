@@ -217,7 +217,7 @@ class Writer:
   @property
   def complete(self) -> bool:
     """Whether all rows are there."""
-    return self._part.value["complete"] and not self._part.value["holes"]
+    return layout.is_whole(self._part.value)
 
   @property
   def description(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where the tests of the store write: a path, memory, an S3 server."""
+"""A tiny model, and where stores are written: a path, memory, an S3 server."""
 
 import itertools
 import os
@@ -10,9 +10,16 @@ import urllib.request
 
 import pytest
 
+from gemma_jax import models
 from gemma_jax.activations import layout
 
 _NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def model(one_device):
+  """A random Gemma 2, on one device."""
+  return models.load_model("random:gemma2-tiny", mesh=one_device)
 
 
 @pytest.fixture

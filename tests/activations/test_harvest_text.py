@@ -19,17 +19,9 @@ from gemma_jax.activations.harvester import Harvester
 from gemma_jax.activations.storage import Document, Location
 from tests.activations.windows import SITES, make_windows
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 READ, WRITE = SITES
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(quick_compiles):
-  """Many small programs."""
-
-
-@pytest.fixture(scope="module")
-def model(one_device):
-  return models.load_model("random:gemma2-tiny", mesh=one_device)
 
 
 @pytest.fixture(scope="module")

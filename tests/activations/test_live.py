@@ -11,18 +11,10 @@ from gemma_jax import models
 from gemma_jax.activations.live import ModelStream
 from tests.activations.windows import CONTEXT, SITES, make_windows
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 READ, WRITE = SITES
 OPTIONS = {"windows_per_pass": 8, "buffer_rows": 200, "dtype": "float32"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(quick_compiles):
-  """Many small programs."""
-
-
-@pytest.fixture(scope="module")
-def model(one_device):
-  return models.load_model("random:gemma2-tiny", mesh=one_device)
 
 
 @pytest.fixture(scope="module")

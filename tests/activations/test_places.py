@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from gemma_jax.activations import ActivationStore, is_complete
-from gemma_jax.activations import claim as writing
+from gemma_jax.activations import ActivationStore, claim, is_complete
 from gemma_jax.activations.layout import LABELS, documents_key, shard_key
 from gemma_jax.activations.reading import damages
 from gemma_jax.activations.storage import Location
@@ -78,10 +77,10 @@ def test_a_writer_whose_lease_ran_out_stops_when_another_took_over(
   if "://" not in place:
     place = f"memory:/{place}"  # a path is locked by the operating system
   rows = make_rows(300)
-  monkeypatch.setattr(writing, "LEASE_SECONDS", -1.0)
+  monkeypatch.setattr(claim, "LEASE_SECONDS", -1.0)
   slow = make_writer(place)
   feed(slow, rows, stop=100)
-  monkeypatch.setattr(writing, "LEASE_SECONDS", 600.0)
+  monkeypatch.setattr(claim, "LEASE_SECONDS", 600.0)
   with make_writer(place) as quick:
     with pytest.raises(BlockingIOError, match=r"has taken over .* This one"):
       feed(slow, rows, start=100)

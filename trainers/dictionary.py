@@ -6,6 +6,7 @@
 the same command goes on after an interruption.
 """
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -22,6 +23,7 @@ from jax.tree_util import Partial
 from gemma_jax import activations, data, dictionaries, metrics, models
 from gemma_jax.dictionaries import evaluate, linear
 from gemma_jax.report import dictionary as report
+from gemma_jax.report import sweep as sweep_report
 from trainers import dictionary_task, fields, loop
 from trainers.dictionary_cost import plan
 from trainers.dictionary_plan import Plan, prepare
@@ -54,8 +56,11 @@ SPLICE_DEFINITIONS = {
     "Over the training steps, compilation and checkpoints included."
   ),
   "l0_train": "L0 in training, over the last log interval.",
+  "k": "Asked for.",
+  "learning_rate": "Peak.",
+  "sparsity": "Coefficient of the sparsity term.",
   "threshold_running": "Running inference threshold, normalised coordinates.",
-  "threshold": "The one in use: calibrated on training tokens to L0 = k.",
+  "threshold": "The one in use: calibrated on held-out tokens to L0 = k.",
 }
 
 
@@ -84,52 +89,73 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   stores = _harvest(p, directory, streams)
   heldout = streams["heldout"].collect()
   # -------------------------------------------------------------- training
-  sites = p.dictionary.read, p.dictionary.write
-  moments, ridge = linear.fit(stores["train"], *sites)
+  cfg = p.dictionary
+  moments, ridge = linear.fit(stores["train"], cfg.read, cfg.write)
   fields.claim(workdir, config)
+  log.info("%s", dictionary_task.describe(p))
   state = loop.train(
     dictionary_task.make(p, stores["train"], moments, ridge),
     workdir,
-    mesh=p.mesh,
+    mesh=p.train_mesh,
+    batch_size=p.batch_size,
     **{
       name: config["train"][name]
       for name in (
         "steps",
-        "batch_size",
         "log_every",
         "checkpoint_every",
         "keep",
+        "steps_per_dispatch",
       )
     },
     track=tuple(config["track"] or ()),
   )
   # ------------------------------------------------------------ evaluation
+  rows = loop.read_metrics(workdir / "metrics.jsonl")
+  tokens = config["train"]["steps"] * p.batch_size
   # GPUs would otherwise round the factors of float32 products to TF32.
   with jax.default_matmul_precision("highest"):
-    dictionary, thresholds = dictionary_task.finish(p, state, stores["train"])
+    trained = dictionary_task.finish(p, state, stores["heldout"])
     del state
-    dictionary.save(workdir / "dictionary")
-    numbers, latents, norms = evaluate.evaluate(
-      dictionary,
-      stores["heldout"],
-      ridge,
-      moments.mean_y,
-      top=max(16, config["eval"]["contexts"]),
-    )
+    for member, dictionary, _ in trained:
+      dictionary.save(_place(workdir, member) / "dictionary")
+    measured = [
+      evaluate.evaluate(
+        dictionary,
+        stores["heldout"],
+        ridge,
+        moments.mean_y,
+        top=max(16, config["eval"]["contexts"]),
+      )
+      for _, dictionary, _ in trained
+    ]
     model = models.load_model(directory, dtype=p.dtype, mesh=p.mesh)
-    numbers |= _splice(p, model, dictionary, ridge, heldout)
-  rows = loop.read_metrics(workdir / "metrics.jsonl")
+    spliced = [{} for _ in trained]
+    if not cfg.parts:
+      spliced = _splice(p, model, [d for _, d, _ in trained], ridge, heldout)
+  members = [
+    {
+      "name": member.name,
+      "width": member.config.width,
+      "k": member.config.k,
+      "learning_rate": member.learning_rate,
+      "sparsity": member.sparsity,
+      "seed": member.seed,
+      **numbers,
+      **losses,
+      **thresholds,
+      "l0_train": _last(rows, "l0", i),
+    }
+    for i, ((member, _, thresholds), (numbers, *_), losses) in enumerate(
+      zip(trained, measured, spliced, strict=True)
+    )
+  ]
   results = {
     "model": config["model"]["name"],
-    "sites": list(sites),
-    **numbers,
-    **thresholds,
-    "l0_train": rows[-1]["l0"],
-    "tokens_train": config["train"]["steps"] * config["train"]["batch_size"],
-    "tokens_train_distinct": min(
-      len(stores["train"]),
-      config["train"]["steps"] * config["train"]["batch_size"],
-    ),
+    "sites": [cfg.read, cfg.write],
+    **(members[0] if len(members) == 1 else {"members": members}),
+    "tokens_train": tokens,
+    "tokens_train_distinct": min(len(stores["train"]), tokens),
     "tokens_heldout": len(stores["heldout"]),
     "tokens_per_second_harvest": stores["train"].tokens_per_second,
     "tokens_per_second_train": rows[-1]["tokens"] / rows[-1]["seconds"],
@@ -144,27 +170,44 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     "versions": versions(),
   }
   # --------------------------------------------------------------- reports
-  shown = report.latents(
-    dictionary,
-    latents,
-    stores["heldout"],
-    heldout,
-    model,
-    count=config["eval"]["latents"],
-    contexts=config["eval"]["contexts"],
-  )
-  page = report.write(
-    workdir,
-    results=results,
-    config=config,
-    metrics=rows,
-    statistics=latents,
-    norms=norms,
-    shown=shown,
-  )
+  if len(members) > 1:
+    page = sweep_report.write(
+      workdir, results=results, config=config, metrics=rows
+    )
+  else:
+    (_, dictionary, _), (_, latents, norms) = trained[0], measured[0]
+    shown = report.latents(
+      dictionary,
+      latents,
+      stores["heldout"],
+      heldout,
+      model,
+      count=config["eval"]["latents"],
+      contexts=config["eval"]["contexts"],
+    )
+    page = report.write(
+      workdir,
+      results=results,
+      config=config,
+      metrics=rows,
+      statistics=latents,
+      norms=norms,
+      shown=shown,
+    )
   _write_json(workdir / "results.json", results)
   log.info("report: %s", page)
   return results
+
+
+def _place(workdir: pathlib.Path, member) -> pathlib.Path:
+  """Where a member's dictionary goes: one alone into the workdir itself."""
+  return workdir / "members" / member.name if member.name else workdir
+
+
+def _last(rows, name: str, member: int) -> float:
+  """A metric of one member over the last log interval."""
+  last = rows[-1]
+  return last["members"][name][member] if "members" in last else last[name]
 
 
 def _windows(p: Plan, tokenizer) -> dict[str, data.WindowStream]:
@@ -208,7 +251,7 @@ def _windows(p: Plan, tokenizer) -> dict[str, data.WindowStream]:
 def _harvest(p: Plan, directory, streams):
   """Both stores; the model is loaded only if one of them is incomplete."""
   own = p.config["activations"]
-  capture = tuple(dict.fromkeys((own["read"], own["write"])))
+  capture = p.sites
   stores, model = {}, None
   for name, side in streams.items():
     path = activations.store_path(
@@ -226,7 +269,7 @@ def _harvest(p: Plan, directory, streams):
       batch_size=own["batch_size"],
       dtype=own["dtype"],
     )
-  got, batch = len(stores["train"]), p.config["train"]["batch_size"]
+  got, batch = len(stores["train"]), p.batch_size
   if got < batch:
     raise ValueError(
       f"The train side of the corpus has {got} tokens, fewer than one batch "
@@ -235,15 +278,15 @@ def _harvest(p: Plan, directory, streams):
   return stores
 
 
-def _splice(p: Plan, model, dictionary, ridge, windows) -> dict[str, Any]:
-  """What the model loses with the dictionary in the site's place."""
+def _splice(p: Plan, model, trained, ridge, windows) -> list[dict[str, Any]]:
+  """What the model loses with each dictionary in the site's place."""
   own = p.config["eval"]
   enough = np.cumsum(windows.mask.sum(1)) >= own["splice_tokens"]
   count = int(np.argmax(enough)) + 1 if enough.any() else len(enough)
   ways = p.mesh.shape["data"] * p.mesh.shape["fsdp"]
 
-  def spliced(params, x, y):
-    out = dictionaries.Dictionary(p.dictionary, params).reconstruct(x)
+  def spliced(cfg, params, x, y):
+    out = dictionaries.Dictionary(cfg, params).reconstruct(x)
     return out.astype(y.dtype)
 
   def affine(matrix, bias, x, y):
@@ -254,7 +297,10 @@ def _splice(p: Plan, model, dictionary, ridge, windows) -> dict[str, Any]:
     windows.tokens[:count],
     windows.mask[:count],
     {
-      "spliced": Partial(spliced, dictionary.params),
+      **{
+        f"spliced{i}": Partial(functools.partial(spliced, d.config), d.params)
+        for i, d in enumerate(trained)
+      },
       "linear": Partial(affine, ridge.linear, ridge.bias),
       "ablated": lambda x, y: jnp.zeros_like(y),
     },
@@ -264,17 +310,26 @@ def _splice(p: Plan, model, dictionary, ridge, windows) -> dict[str, Any]:
   )
   ce = {name: value["ce"] for name, value in loss.items()}
   recovered = metrics.ce_recovered
-  return {
-    **{f"ce_{name}": value for name, value in ce.items()},
+  shared = {
+    "ce_clean": ce["clean"],
+    "ce_linear": ce["linear"],
+    "ce_ablated": ce["ablated"],
     "ce_gap": ce["ablated"] - ce["clean"],
-    "delta_ce": ce["spliced"] - ce["clean"],
-    "ce_recovered": recovered(ce["clean"], ce["spliced"], ce["ablated"]),
     "ce_recovered_linear": recovered(ce["clean"], ce["linear"], ce["ablated"]),
-    "kl": loss["spliced"]["kl"],
     "kl_linear": loss["linear"]["kl"],
     "kl_ablated": loss["ablated"]["kl"],
     "tokens_splice": loss["clean"]["tokens"],
   }
+  return [
+    {
+      **shared,
+      "ce_spliced": (own := ce[f"spliced{i}"]),
+      "delta_ce": own - ce["clean"],
+      "ce_recovered": recovered(ce["clean"], own, ce["ablated"]),
+      "kl": loss[f"spliced{i}"]["kl"],
+    }
+    for i in range(len(trained))
+  ]
 
 
 def versions() -> dict[str, str]:

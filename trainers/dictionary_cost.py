@@ -1,5 +1,6 @@
 """`--dry_run`: shapes, shardings, memory, tokens and FLOPs of a run."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from gemma_jax.dictionaries import defaults
 from trainers import dictionary_task
 from trainers.dictionary_plan import prepare
 
@@ -16,47 +18,69 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
   """What a run would do and cost, for `--dry_run`; nothing is started."""
   p = prepare(config)
   task = dictionary_task.make(p)
-  shapes = jax.eval_shape(task.init, *task.init_shapes)
-  opt = jax.eval_shape(task.optimizer.init, shapes[0])
-  table, state_bytes = {}, 0
-  for path, x in jax.tree_util.tree_leaves_with_path((*shapes, opt)):
+  params, opt_state, extra = jax.eval_shape(task.init, *task.init_shapes)
+  mesh, table, state_bytes = p.train_mesh, {}, 0
+  leaves = jax.tree_util.tree_leaves_with_path((params, opt_state, extra))
+  for path, x in leaves:
     name = jax.tree_util.keystr(path)
-    rule = task.rule(name, x.shape)
-    shard = NamedSharding(p.mesh, rule).shard_shape(x.shape)
+    split = task.rule(name, x.shape)
+    shard = NamedSharding(mesh, split).shard_shape(x.shape)
     state_bytes += math.prod(shard) * x.dtype.itemsize
     if name.startswith("[0]"):
-      table[name[3:].strip("[']")] = f"{x.dtype}{list(x.shape)} {rule}"
-  train, m = config["train"], p.dictionary
-  tokens = train["steps"] * train["batch_size"]
-  rows = train["batch_size"] // (p.mesh.shape["data"] * p.mesh.shape["fsdp"])
+      table[name[3:]] = f"{x.dtype}{list(x.shape)} {split}"
+  train, sparse = p.config["train"], dictionary_task.is_sparse(p)
+  tokens = train["steps"] * p.batch_size
+  rows = p.batch_size // mesh.shape["data"]
   harvested = config["data"]["train_tokens"] + config["data"]["heldout_tokens"]
   weights = p.model.num_parameters() * jnp.dtype(p.dtype).itemsize
   forward = p.model.flops_per_token(
     p.depth, config["data"]["context"], unembed=False
   )
-  # Encoder: forward and weight gradient. Decoder: those and the latents'.
-  step = 4 * m.d_in * m.width + 6 * m.width * m.d_out
-  widths = {m.read: m.d_in, m.write: m.d_out}
-  stored = (
-    sum(widths.values()) * jnp.dtype(config["activations"]["dtype"]).itemsize
-  )
+  step = sum(_step_flops(member.config, sparse) for member in p.members)
+  stored = jnp.dtype(config["activations"]["dtype"]).itemsize
+  row = sum(_site_widths(p)) * stored
+  widest = max(member.config.width for member in p.members)
   return {
     "model": f"{p.model.family}, {p.depth} of {p.model.num_layers} layers run",
-    "mesh": dict(p.mesh.shape),
+    "sites": {"read": list(p.read), "write": list(p.write)},
+    "dictionaries": [
+      {"name": member.name, **dataclasses.asdict(member.config)}
+      | {"learning_rate": member.learning_rate, "seed": member.seed}
+      for member in p.members
+    ],
+    "recipe": dataclasses.asdict(p.recipe),
+    "batch_size": p.batch_size,
+    "training": dictionary_task.describe(p),
+    "mesh": {"model": dict(p.mesh.shape), "train": dict(mesh.shape)},
     "parameters": table,
-    "prefix_widths": list(m.prefix_widths),
     "memory_per_device": {
       "model": _size(weights / (p.mesh.shape["fsdp"] * p.mesh.shape["tensor"])),
       "training state": _size(state_bytes),
-      "one batch of latents": _size(4 * rows * m.width),
+      "one batch of latents": _size(4 * rows * widest / mesh.shape["latent"]),
     },
-    "store": _size(harvested * stored),
+    "store": _size(harvested * row),
     "tokens": {"harvest": harvested, "train": tokens},
     "flops": {
       "harvest": f"{forward * harvested:.3g}",
       "train": f"{float(step) * tokens:.3g}",
     },
   }
+
+
+def _step_flops(cfg, sparse) -> int:
+  """Of one token: the encoder, and then active latents or all of them."""
+  encoder = 2 * cfg.d_in * cfg.width
+  # Gradient of the encoder; decoder, its gradient and that of the latents.
+  rest = 2 * cfg.d_in + 6 * cfg.d_out
+  return encoder + int(rest * (cfg.k if sparse else cfg.width))
+
+
+def _site_widths(p):
+  """Of every site that is stored."""
+  widths = {
+    name: defaults.of(p.model, (name,), (name,)).d_in for name in p.sites
+  }
+  return widths.values()
 
 
 def _size(count: float) -> str:

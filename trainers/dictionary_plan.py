@@ -1,6 +1,7 @@
 """What a dictionary run may be asked, and what it will cost."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,20 +9,24 @@ import jax
 from jax.sharding import Mesh
 
 from gemma_jax import activations, dictionaries, models
-from gemma_jax.activations import normalise
-from gemma_jax.dictionaries.config import DictionaryConfig
+from gemma_jax.dictionaries import defaults
+from gemma_jax.dictionaries.config import SELECTING, DictionaryConfig
+from gemma_jax.dictionaries.recipe import Recipe, preset
 from gemma_jax.models import sites
 from trainers import fields, track
 
+AXES = ("member", "data", "latent")  # of the training's mesh
 OPTIONAL = (list, tuple, type(None))
+SITES = (str, list, tuple)  # several are a crosscoder's
 FIELDS = {
   "job": str,
   "seed": int,  # of the initial latents and of the order of the batches
+  "layer": (int, type(None)),  # what {layer} in a site stands for
   "model": {
     "name": str,  # see gemma_jax.load_model
     "dtype": (str, type(None)),  # None: float32 on CPUs, else bfloat16
   },
-  "mesh": {"data": int, "fsdp": int, "tensor": int},
+  "mesh": {"data": int, "fsdp": int, "tensor": int},  # of the model
   "data": {
     "corpus": fields.Free,  # see gemma_jax.data.load
     "seed": int,  # of the split and of the order of the documents
@@ -36,40 +41,39 @@ FIELDS = {
     "heldout_tokens": int,
   },
   "activations": {
-    "read": str,  # site of the input
-    "write": str,  # site to reconstruct
+    "read": SITES,  # sites of the input
+    "write": SITES,  # sites to reconstruct
     "dtype": str,  # in the store
     "batch_size": (int, type(None)),  # windows at once; None: what fits
     "buffer_rows": int,  # tokens shuffled in memory
   },
   "dictionary": {
-    "width": int,  # M
-    "activation": str,  # "topk" or "batchtopk"
-    "k": float,
+    "width": (int, type(None)),  # M; None: by the model, see `defaults`
+    "activation": str,  # one of gemma_jax.dictionaries.config.ACTIVATIONS
+    "k": (float, type(None)),  # None: by the model
+    "matryoshka": bool,  # nested groups: those below, or 1 : 2 : 4 : 9
     "prefix_widths": OPTIONAL,  # nested widths, or
-    "group_sizes": OPTIONAL,  # sizes of the groups
+    "group_sizes": OPTIONAL,  # sizes of the groups, or
+    "group_fractions": OPTIONAL,  # their shares of M
     "skip": bool,
-    "aux_k": int,
-    "aux_candidates": int,
-    "aux_coefficient": float,
-    "dead_after": int,  # tokens
-    "threshold_decay": float,
+  },
+  # "preset", and what to change of it: see gemma_jax.dictionaries.recipe.
+  "recipe": fields.Free,
+  # Values of each; every combination is a member. Empty: one value, as above.
+  "sweep": {
+    "learning_rate": OPTIONAL,
+    "k": OPTIONAL,
+    "sparsity": OPTIONAL,
+    "width": OPTIONAL,
+    "seed": OPTIONAL,
   },
   "train": {
     "steps": int,
-    "batch_size": int,  # tokens
-    "learning_rate": float,
-    "skip_learning_rate": float,  # times learning_rate
-    "warmup_fraction": float,  # of the steps, linear from 0
-    "decay_fraction": float,  # of the steps, linear to 0 at the end
-    "beta1": float,
-    "beta2": float,
-    "epsilon": float,
-    "normalise": str,  # x, by one of gemma_jax.activations.normalise.KINDS
-    "whiten_epsilon": float,  # shrinkage of the kinds that whiten
-    "init": str,  # "examples" or "random"
-    "encoder_norm": float,
-    "decoder_norm": float,
+    "batch_size": (int, type(None)),  # tokens; None: by the model
+    "mesh": {"member": int, "data": int, "latent": int},
+    "steps_per_dispatch": int,
+    "members_at_once": (int, type(None)),  # None: 1 on CPUs, else all
+    "sparse": (bool, type(None)),  # None: where it is faster
     "log_every": int,
     "checkpoint_every": int,
     "keep": int,
@@ -85,14 +89,61 @@ FIELDS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Member:
+  """One dictionary of a sweep; without a sweep there is one.
+
+  Attributes:
+    name: what it differs in, as in "k=32,seed=1".
+    config: what it is.
+    learning_rate: peak.
+    sparsity: coefficient.
+    seed: of its initial latents.
+  """
+
+  name: str
+  config: DictionaryConfig
+  learning_rate: float
+  sparsity: float
+  seed: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-  """Everything that is known before any long work, checked."""
+  """Everything that is known before any long work, checked.
+
+  Attributes:
+    config: as given, with sites spelled out.
+    model: of the model.
+    recipe: how the dictionaries are trained.
+    members: all dictionaries.
+    read: sites of the input.
+    write: sites of the output.
+    batch_size: tokens.
+    mesh: of the model.
+    train_mesh: of the training, over `AXES`.
+    depth: blocks that the harvest runs.
+  """
 
   config: dict[str, Any]
   model: models.ModelConfig
-  dictionary: DictionaryConfig
+  recipe: Recipe
+  members: tuple[Member, ...]
+  read: tuple[str, ...]
+  write: tuple[str, ...]
+  batch_size: int
   mesh: Mesh
-  depth: int  # blocks that the harvest runs
+  train_mesh: Mesh
+  depth: int
+
+  @property
+  def sites(self) -> tuple[str, ...]:
+    """All sites that are harvested."""
+    return tuple(dict.fromkeys(self.read + self.write))
+
+  @property
+  def dictionary(self) -> DictionaryConfig:
+    """The first member, which has the sites of all."""
+    return self.members[0].config
 
   @property
   def dtype(self) -> str:
@@ -118,68 +169,159 @@ def prepare(
   track.check(config["track"] or ())
   model = model or models.describe(config["model"]["name"])
   acts, train = config["activations"], config["train"]
-  where = {n: sites.parse(acts[n], model) for n in ("read", "write")}
-  if any(site.layer is None for site in where.values()):
-    raise ValueError("activations.read and .write name one layer each, not *.")
-  read, write = where["read"], where["write"]
-  order = sites.NAMES.index
-  if read.layer != write.layer or order(read.name) > order(write.name):
-    raise ValueError(
-      f"activations.read={acts['read']} and activations.write={acts['write']} "
-      "must be in one block, what is read not after what is written. In "
-      f"order: {', '.join(sites.NAMES)}."
-    )
+  read, write = _sites(config, model)
   if acts["dtype"] not in activations.DTYPES:
     raise ValueError(
       f"activations.dtype {acts['dtype']!r}; expected one of "
       f"{', '.join(activations.DTYPES)}."
     )
-  if train["init"] not in ("examples", "random"):
-    raise ValueError(
-      f"train.init {train['init']!r}; expected 'examples' or 'random'."
-    )
-  if train["normalise"] not in normalise.KINDS:
-    raise ValueError(
-      f"train.normalise {train['normalise']!r}; expected one of "
-      f"{', '.join(normalise.KINDS)}."
-    )
-  for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
+  for name in (
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "steps_per_dispatch",
+  ):
     if train[name] < 1:
       raise ValueError(f"train.{name}={train[name]} must be at least 1.")
-  if train["batch_size"] > config["data"]["train_tokens"]:
+  known = defaults.of(model, read, write)
+  recipe = _recipe(config)
+  members = _members(config, recipe, known, read, write)
+  batch_size = train["batch_size"] or known.batch_size
+  if batch_size > config["data"]["train_tokens"]:
     raise ValueError(
       f"data.train_tokens={config['data']['train_tokens']} is less than one "
-      f"batch of train.batch_size={train['batch_size']} tokens."
+      f"batch of train.batch_size={batch_size} tokens."
     )
-  wide = {"attn_z": model.num_heads * model.head_dim}
-  wide["mlp_hidden"] = model.mlp_width
-  own = dict(config["dictionary"])
-  own["prefix_widths"] = dictionaries.prefix_widths(
-    own["width"],
-    prefix_widths=own["prefix_widths"],
-    group_sizes=own.pop("group_sizes"),
-  )
-  dictionary = DictionaryConfig(
-    **own,
-    d_in=wide.get(where["read"].name, model.width),
-    d_out=wide.get(where["write"].name, model.width),
-    read=acts["read"],
-    write=acts["write"],
-    model=config["model"]["name"],
-  )
   mesh = models.make_mesh(config["mesh"])
+  train_mesh = models.make_mesh(train["mesh"], axes=AXES)
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if train["batch_size"] % ways or (acts["batch_size"] or 0) % ways:
+  if (acts["batch_size"] or 0) % ways:
     raise ValueError(
-      f"train.batch_size={train['batch_size']} and activations.batch_size="
-      f"{acts['batch_size']} must be multiples of the {ways} devices on the "
-      "mesh's data and fsdp axes."
+      f"activations.batch_size={acts['batch_size']} must be a multiple of the "
+      f"{ways} devices on the mesh's data and fsdp axes."
     )
-  split = mesh.shape["fsdp"] * mesh.shape["tensor"]
-  if dictionary.width % split:
+  if batch_size % train_mesh.shape["data"]:
     raise ValueError(
-      f"dictionary.width={dictionary.width} does not divide over the {split} "
-      "devices of the mesh's fsdp and tensor axes."
+      f"train.batch_size={batch_size} does not divide over the "
+      f"{train_mesh.shape['data']} devices of train.mesh.data."
     )
-  depth = sites.last_layer((acts["read"], acts["write"]), model)
-  return Plan(dict(config), model, dictionary, mesh, depth)
+  for group in grouped(members):
+    width, count = group[0].config.width, len(group)
+    if width % train_mesh.shape["latent"]:
+      raise ValueError(
+        f"dictionary.width={width} does not divide over the "
+        f"{train_mesh.shape['latent']} devices of train.mesh.latent."
+      )
+    if count % train_mesh.shape["member"]:
+      raise ValueError(
+        f"{count} members of width {width} do not divide over the "
+        f"{train_mesh.shape['member']} devices of train.mesh.member."
+      )
+  return Plan(
+    dict(config),
+    model,
+    recipe,
+    members,
+    read,
+    write,
+    batch_size,
+    mesh,
+    train_mesh,
+    sites.last_layer((*read, *write), model),
+  )
+
+
+def _sites(config, model) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """What is read and written, spelled out and checked."""
+  layer, acts = config["layer"], config["activations"]
+  found = []
+  for name in ("read", "write"):
+    given = (acts[name],) if isinstance(acts[name], str) else acts[name]
+    if layer is None and any("{layer}" in site for site in given):
+      raise ValueError(f"activations.{name}={acts[name]!r} needs config.layer.")
+    found.append(tuple(s.replace("{layer}", str(layer)) for s in given))
+  read, write = found
+  where = {site: sites.parse(site, model) for site in (*read, *write)}
+  if any(site.layer is None for site in where.values()):
+    raise ValueError("activations.read and .write name one layer each, not *.")
+  order = sites.NAMES.index
+  if len(read) == len(write) == 1:
+    a, b = where[read[0]], where[write[0]]
+    if a.layer != b.layer or order(a.name) > order(b.name):
+      raise ValueError(
+        f"activations.read={read[0]} and activations.write={write[0]} must be "
+        "in one block, what is read not after what is written. In order: "
+        f"{', '.join(sites.NAMES)}."
+      )
+  elif read != write:
+    raise ValueError(
+      f"A crosscoder reads and writes the same sites; activations.read is "
+      f"{list(read)}, activations.write {list(write)}."
+    )
+  return read, write
+
+
+def _recipe(config) -> Recipe:
+  changes = dict(config["recipe"])
+  name = changes.pop("preset", "default")
+  changes = {key: value for key, value in changes.items() if value is not None}
+  return preset(name, config["dictionary"]["activation"], changes)
+
+
+def _members(config, recipe, known, read, write) -> tuple[Member, ...]:
+  own = dict(config["dictionary"])
+  sweep = {name: tuple(v) for name, v in config["sweep"].items() if v}
+  for name, values in sweep.items():
+    if len(set(values)) < len(values):
+      raise ValueError(f"sweep.{name}={list(values)} has a value twice.")
+  groups = {
+    name: own.pop(name)
+    for name in ("prefix_widths", "group_sizes", "group_fractions")
+  }
+  if own.pop("matryoshka") and not any(groups.values()):
+    groups["group_fractions"] = defaults.GROUP_FRACTIONS
+  elif any(groups.values()) and not config["dictionary"]["matryoshka"]:
+    raise ValueError(
+      "dictionary.matryoshka is False and its groups are given; make it True, "
+      "or leave them out."
+    )
+  members = []
+  for values in itertools.product(*sweep.values()):
+    at = dict(zip(sweep, values, strict=True))
+    width = at.get("width", own["width"]) or known.width
+    k = at.get("k", own["k"])
+    if k is None and own["activation"] in (*SELECTING, "jumprelu"):
+      k = known.k
+    dictionary = DictionaryConfig(
+      d_in=known.d_in,
+      d_out=known.d_out,
+      width=width,
+      activation=own["activation"],
+      k=None if k is None else float(k),
+      prefix_widths=dictionaries.prefix_widths(width, **groups),
+      skip=own["skip"],
+      layer_norm=recipe.layer_norm,
+      read="+".join(read),
+      write="+".join(write),
+      parts=known.parts,
+      model=config["model"]["name"],
+    )
+    members.append(
+      Member(
+        ",".join(f"{name}={value}" for name, value in at.items()),
+        dictionary,
+        float(at.get("learning_rate", recipe.rate(width))),
+        float(at.get("sparsity", recipe.sparsity_coefficient)),
+        int(at.get("seed", config["seed"])),
+      )
+    )
+  return tuple(members)
+
+
+def grouped(members: tuple[Member, ...]) -> list[tuple[Member, ...]]:
+  """Members of one width together: they are one program."""
+  widths = dict.fromkeys(member.config.width for member in members)
+  return [
+    tuple(m for m in members if m.config.width == width) for width in widths
+  ]

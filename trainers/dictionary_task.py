@@ -3,17 +3,19 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import PartitionSpec as P
 
 from gemma_jax import dictionaries
 from gemma_jax.activations import ActivationStore
 from gemma_jax.dictionaries import core, linear
-from gemma_jax.dictionaries.selection import kth_largest
-from trainers import loop
-from trainers.dictionary_plan import Plan
+from gemma_jax.dictionaries.config import SELECTING
+from trainers import dictionary_step, loop
+from trainers.dictionary_plan import Member, Plan, grouped
 
 EXAMPLES = 65_536  # rows from which initial latents are drawn
+# Below this many latents for each active one all of them cost less than the
+# bookkeeping of a few: benchmarks/dictionary.py --crossover.
+SPARSE_FROM = 16
 
 
 def make(
@@ -23,19 +25,20 @@ def make(
   ridge: linear.Ridge | None = None,
 ) -> loop.Task:
   """The loop's task; without the training store, good for its shapes only."""
-  cfg, train = p.dictionary, p.config["train"]
+  cfg, train, seed = p.dictionary, p.config["train"], p.config["seed"]
   d, e = cfg.d_in, cfg.d_out
   f32 = jnp.float32
   shape = jax.ShapeDtypeStruct
   stored = p.config["activations"]["dtype"]
   stored = jnp.dtype("float32" if stored == "int8" else stored)
-  size = train["batch_size"]
-  rows = max(EXAMPLES, cfg.width)
+  groups = grouped(p.members)
+  recipe = dictionary_step.in_steps(p.recipe, train["steps"])
+  widest = max(member.config.width for member in p.members)
+  rows = max(EXAMPLES, widest)
   if store is not None:
     rows = min(rows, len(store))
-  from_examples = train["init"] == "examples"
   norm_shapes = core.Normalisation(
-    *(shape(s, f32) for s in ((d,), (d, d), (e,), ()))
+    *(shape(s, f32) for s in ((d,), (d, d), (e,), (e,), ()))
   )
   ridge_shapes = (shape((d, e), f32), shape((e,), f32))
   example_shapes = (
@@ -43,128 +46,200 @@ def make(
     shape((rows, e), f32),
     shape((rows,), bool),
   )
-  key_shape = jax.eval_shape(lambda: jax.random.key(0))
+  key_shape = jax.eval_shape(lambda: _keys(groups))
 
-  def init(key, norm, affine, examples):
-    return core.init(
-      cfg,
-      key,
-      norm,
-      linear.Ridge(*affine, 0.0) if cfg.skip else None,
-      examples if from_examples else None,
-      encoder_norm=train["encoder_norm"],
-      decoder_norm=train["decoder_norm"],
-    )
+  def init(keys, norm, affine, examples):
+    optimizer = dictionary_step.optimizer(recipe)
+    params, opt_state, states = [], [], []
+    for group, key in zip(groups, keys, strict=True):
+
+      def one(key, cfg=group[0].config):
+        params, state = core.init(
+          cfg,
+          recipe,
+          key,
+          norm,
+          linear.Ridge(*affine, 0.0) if cfg.skip else None,
+          examples,
+        )
+        return params, optimizer.init(params), state._replace(norm=None)
+
+      stacked = jax.lax.map(one, key)
+      for total, part in zip((params, opt_state, states), stacked, strict=True):
+        total.append(part)
+    extra = {"norm": norm, "states": tuple(states)}
+    return tuple(params), tuple(opt_state), extra
 
   def init_args():
-    batch = next(store.stream(rows, p.config["seed"] + 1))
-    x, y = (np.asarray(batch[s], np.float32) for s in (cfg.read, cfg.write))
+    batch = next(store.stream(rows, seed + 1, sites=p.sites))
+    x, y = (np.asarray(side, np.float32) for side in _sides(p, batch))
     norm = core.normalisation(
       moments,
-      train["normalise"],
-      epsilon=train["whiten_epsilon"],
+      recipe,
       # The moments hold no norms; so many rows tell their mean well enough.
       mean_norm=float(np.linalg.norm(x, axis=1).mean()),
+      parts=cfg.parts,
     )
     first = np.zeros(rows, bool)
     first[np.unique(x, axis=0, return_index=True)[1]] = True
-    key = jax.random.key(p.config["seed"])
-    return key, norm, (ridge.linear, ridge.bias), (x, y, first)
-
-  def loss(params, state, batch):
-    hyper = {"aux_coefficient": cfg.aux_coefficient}
-    return core.loss(cfg, params, state, batch, hyper)
+    return _keys(groups), norm, (ridge.linear, ridge.bias), (x, y, first)
 
   def batches(start, sharding):
     stream = store.stream(
-      train["batch_size"],
-      p.config["seed"],
-      sites=tuple(dict.fromkeys((cfg.read, cfg.write))),
+      p.batch_size,
+      seed,
+      sites=p.sites,
       start=start,
       buffer_rows=p.config["activations"]["buffer_rows"],
       sharding=sharding,
     )
     try:
       for batch in stream:
-        yield {"x": batch[cfg.read], "y": batch[cfg.write]}
+        x, y = _sides(p, batch)
+        yield {"x": x, "y": y}
     finally:
       stream.close()
 
+  size = p.batch_size
   return loop.Task(
+    members=tuple(member.name for group in groups for member in group),
     init=init,
     init_args=init_args,
     init_shapes=(key_shape, norm_shapes, ridge_shapes, example_shapes),
-    loss=loss,
-    optimizer=_optimizer(train),
-    learning_rate=_schedule(train),
+    step=dictionary_step.make(
+      groups,
+      recipe,
+      p.train_mesh,
+      steps=train["steps"],
+      at_once=members_at_once(p),
+      sparse=is_sparse(p),
+    ),
     batches=batches,
     batch_shapes={"x": shape((size, d), stored), "y": shape((size, e), stored)},
-    rule=_rule,
+    rule=dictionary_step.rule,
+    by_row=P("data"),
     shown=("loss", "fvu", "l0", "dead_fraction"),
+    watch=_watch,
   )
 
 
-def _rule(path: str, shape: tuple[int, ...]) -> P:
-  """Latents are split over fsdp and tensor, everything else is whole."""
-  axes = ("fsdp", "tensor")
-  if "W_enc" in path:  # D M
-    return P(None, axes)
-  if "W_dec" in path:  # M E
-    return P(axes, None)
-  if "b_enc" in path or "since_fired" in path:  # M
-    return P(axes)
-  return P()
-
-
-def _schedule(train) -> optax.Schedule:
-  """Linear warm-up from zero and linear decay to zero at the last step."""
-  steps = train["steps"]
-  warmup = max(1, round(train["warmup_fraction"] * steps))
-  decay = max(1, round(train["decay_fraction"] * steps))
-
-  def schedule(step):
-    shape = jnp.minimum((step + 1) / warmup, (steps - step) / decay)
-    return train["learning_rate"] * jnp.clip(shape, 0, 1)
-
-  return schedule
-
-
-def _optimizer(train) -> optax.GradientTransformation:
-  def slower_skip(updates, params):
-    slow = train["skip_learning_rate"]
-    return {n: u * (slow if n == "W_skip" else 1) for n, u in updates.items()}
-
-  return optax.chain(
-    optax.scale_by_adam(train["beta1"], train["beta2"], train["epsilon"]),
-    optax.stateless(slower_skip),
-    optax.scale_by_learning_rate(_schedule(train)),
+def _keys(groups):
+  return tuple(
+    jnp.stack([jax.random.key(member.seed) for member in group])
+    for group in groups
   )
+
+
+def _sides(p: Plan, batch):
+  """What is read and written, the sites of each joined."""
+  for names in (p.read, p.write):
+    parts = [batch[name] for name in names]
+    if len(parts) == 1:
+      yield parts[0]
+    elif isinstance(parts[0], np.ndarray):
+      yield np.concatenate(parts, axis=-1)
+    else:
+      yield jnp.concatenate(parts, axis=-1)
+
+
+def members_at_once(p: Plan) -> int:
+  """Members over which a device vectorises.
+
+  A CPU's caches hold one; accelerators fill up with all.
+  """
+  asked = p.config["train"]["members_at_once"]
+  if asked is not None:
+    return max(1, asked)
+  return 1 if jax.default_backend() == "cpu" else len(p.members)
+
+
+def is_sparse(p: Plan) -> bool:
+  """Whether the step touches active latents only; see `SPARSE_FROM`."""
+  if p.dictionary.activation not in SELECTING:
+    return False
+  asked = p.config["train"]["sparse"]
+  if asked is not None:
+    return asked
+  most = max(m.config.k for m in p.members)
+  return min(m.config.width for m in p.members) >= SPARSE_FROM * most
+
+
+def describe(p: Plan) -> str:
+  """What will be trained and how, in a line for the log."""
+  groups = grouped(p.members)
+  path = "active latents only" if is_sparse(p) else "all latents"
+  return (
+    f"{len(p.members)} {p.dictionary.activation} dictionaries, M = "
+    f"{', '.join(str(group[0].config.width) for group in groups)}, after the "
+    f"encoder's product by {path}, {members_at_once(p)} at once, mesh "
+    f"{dict(p.train_mesh.shape)}"
+  )
+
+
+def _watch(row) -> list[str]:
+  """What a user should hear of before the end of the training."""
+  step, out = row["step"], []
+  if row["dead_fraction"] > 0.9:
+    out.append(
+      f"step {step}: {row['dead_fraction']:.0%} of the latents are dead. Lower "
+      "the learning rate or the sparsity, or raise recipe.aux_coefficient."
+    )
+  if row["l0"] == 0:
+    out.append(
+      f"step {step}: no latent fires (L0 is 0). The sparsity coefficient is "
+      "too large, or the thresholds lie above every activation for this "
+      "normalisation."
+    )
+  if row["fvu"] > 2:
+    out.append(
+      f"step {step}: FVU is {row['fvu']:.3g}, worse than predicting the mean. "
+      "The training diverges: lower the learning rate."
+    )
+  return out
 
 
 def finish(
   p: Plan, state: loop.State, store: ActivationStore
-) -> tuple[dictionaries.Dictionary, dict[str, float]]:
-  """The trained dictionary on raw activations, and its thresholds."""
-  cfg = p.dictionary
-  extra = jax.device_get(state.extra)
-  params = jax.device_get(state.params)
-  calibrated, found = None, {}
-  if cfg.activation == "batchtopk":
-    rows = min(len(store), max(1024, 2**25 // cfg.width))
-    batch = next(store.stream(rows, p.config["seed"] + 2, sites=(cfg.read,)))[
-      cfg.read
-    ]
+) -> list[tuple[Member, dictionaries.Dictionary, dict[str, float]]]:
+  """The trained dictionaries on raw activations, and their thresholds.
 
-    @jax.jit
-    def calibrate(params, norm, x):
-      x = (x.astype(jnp.float32) - norm.x_mean) @ norm.x_map
-      return kth_largest(core.pre_activations(params, x), cfg.k * len(x))
+  Args:
+    p: the plan.
+    state: of the loop.
+    store: held-out activations, on whose inputs thresholds are calibrated.
+  """
+  norm = jax.device_get(state.extra["norm"])
+  widest = max(member.config.width for member in p.members)
+  rows = min(len(store), max(1024, 2**25 // widest))
+  batch = next(store.stream(rows, p.config["seed"] + 2, sites=p.sites))
+  x, _ = _sides(p, batch)
+  x = jnp.asarray(x)
+  out = []
+  groups = zip(
+    grouped(p.members), state.params, state.extra["states"], strict=True
+  )
+  for group, stacked, states in groups:
+    for i, member in enumerate(group):
+      params, carried = jax.device_get(
+        jax.tree.map(lambda a, i=i: a[i], (stacked, states))
+      )
+      calibrated, found = None, {}
+      if member.config.activation == "batchtopk":
+        calibrated = float(_calibrate(member.config, p.recipe, params, norm, x))
+        found = {
+          "threshold": calibrated,
+          "threshold_running": float(carried.threshold),
+        }
+      folded = core.fold(member.config, p.recipe, params, norm, calibrated)
+      folded = {name: jnp.asarray(a) for name, a in folded.items()}
+      dictionary = dictionaries.Dictionary(member.config, folded)
+      out.append((member, dictionary, found))
+  return out
 
-    calibrated = float(calibrate(params, extra.norm, jnp.asarray(batch)))
-    found = {
-      "threshold": calibrated,
-      "threshold_running": float(extra.threshold),
-    }
-  folded = core.fold(cfg, params, extra.norm, calibrated)
-  folded = {name: jnp.asarray(x) for name, x in folded.items()}
-  return dictionaries.Dictionary(cfg, folded), found
+
+def _calibrate(cfg, recipe, params, norm, x):
+  @jax.jit
+  def calibrate(params, norm, x):
+    return core.calibrate(cfg, recipe, params, norm, x, cfg.k)
+
+  return calibrate(params, norm, x)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import pathlib
 import resource
 import signal
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,7 +36,8 @@ class State(NamedTuple):
     opt_state: of optax.
     extra: what the method carries besides (statistics, thresholds).
     sums: running sums of the metrics since the last log step.
-    first_bad: int32, the first step whose loss was not finite; -1 for none.
+    first_bad: int32 [S], for each member that is trained the first step whose
+      loss was not finite; -1 for none.
   """
 
   step: jax.Array
@@ -51,29 +53,33 @@ class Task:
   """What the loop trains.
 
   Attributes:
-    init: (*init_args) -> (params, extra); jitted.
+    members: names of what is trained side by side; one is called "".
+    init: (*init_args) -> (params, opt_state, extra); jitted.
     init_args: gives the arrays that `init` takes; called only when starting.
     init_shapes: `jax.ShapeDtypeStruct` of each of them.
-    loss: (params, extra, batch) -> (loss, (extra, metrics of scalars)).
-    optimizer: of optax.
-    learning_rate: step -> rate, for the log.
+    step: (params, opt_state, extra, batch, number) -> (params, opt_state,
+      extra, finite [S], metrics of [S]). One of several members that is not
+      finite must stay as it was: the others go on.
     batches: (start, sharding) -> endless batches from number `start`, their
       rows on the devices as `sharding` says.
     batch_shapes: `jax.ShapeDtypeStruct` of each array of a batch.
-    rule: (path of a leaf, shape) -> PartitionSpec.
+    rule: (path of a leaf of the state, shape) -> PartitionSpec.
+    by_row: how the rows of a batch are split.
     shown: metrics for the progress bar.
+    watch: (row of the log) -> what is wrong with it, a sentence each.
   """
 
+  members: tuple[str, ...]
   init: Callable
   init_args: Callable[[], tuple]
   init_shapes: tuple
-  loss: Callable
-  optimizer: optax.GradientTransformation
-  learning_rate: Callable[[jax.Array], jax.Array]
+  step: Callable
   batches: Callable[..., Iterator[Mapping[str, jax.Array]]]
   batch_shapes: Mapping[str, jax.ShapeDtypeStruct]
   rule: Callable[[str, tuple[int, ...]], P]
+  by_row: P
   shown: tuple[str, ...]
+  watch: Callable[[Mapping[str, Any]], list[str]] = lambda row: []
 
 
 def train(
@@ -86,25 +92,26 @@ def train(
   log_every: int,
   checkpoint_every: int,
   keep: int,
+  steps_per_dispatch: int = 1,
   track: tuple[str, ...] = (),
 ) -> State:
   """Trains to `steps`, from the newest checkpoint if there is one.
 
   Raises:
-    FloatingPointError: a loss that is not finite; names the step.
+    FloatingPointError: no member's loss is finite; names the step.
     SystemExit: SIGTERM arrived; the state is saved and the code is 0.
   """
 
   # ---------------------------------------------------------------- state
   def fresh(*args) -> State:
-    params, extra = task.init(*args)
     zero = jnp.zeros((), jnp.int32)
-    opt_state = task.optimizer.init(params)
-    _, (_, metrics) = jax.eval_shape(
-      task.loss, params, extra, task.batch_shapes
+    params, opt_state, extra = task.init(*args)
+    *_, finite, metrics = jax.eval_shape(
+      task.step, params, opt_state, extra, task.batch_shapes, zero
     )
-    sums = {name: jnp.zeros(()) for name in metrics}
-    return State(zero, params, opt_state, extra, sums, zero - 1)
+    sums = {name: jnp.zeros(x.shape) for name, x in metrics.items()}
+    first_bad = jnp.full(finite.shape, -1, jnp.int32)
+    return State(zero, params, opt_state, extra, sums, first_bad)
 
   shapes = jax.eval_shape(fresh, *task.init_shapes)
   shardings = jax.tree_util.tree_map_with_path(
@@ -113,7 +120,7 @@ def train(
     ),
     shapes,
   )
-  by_row = NamedSharding(mesh, P(("data", "fsdp")))
+  by_row = NamedSharding(mesh, task.by_row)
 
   # ----------------------------------------------------------- checkpoint
   store = checkpoints.Checkpoints(workdir / "checkpoints", keep=keep)
@@ -131,35 +138,38 @@ def train(
 
   # ----------------------------------------------------------------- step
   def update(state: State, batch):
-    compute = jax.value_and_grad(task.loss, has_aux=True)
-    (loss, (extra, now)), grads = compute(state.params, state.extra, batch)
-    updates, opt_state = task.optimizer.update(
-      grads, state.opt_state, state.params
+    *new, finite, now = task.step(
+      state.params, state.opt_state, state.extra, batch, state.step
     )
-    params = optax.apply_updates(state.params, updates)
     since = state.step % log_every
     sums = {
       name: jnp.where(since == 0, 0, state.sums[name]) + x
       for name, x in now.items()
     }
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
     bad = (state.first_bad < 0) & ~finite
     first_bad = jnp.where(bad, state.step, state.first_bad)
     metrics = {name: x / (since + 1) for name, x in sums.items()}
     metrics["first_bad"] = first_bad
-    metrics["learning_rate"] = task.learning_rate(state.step)
-    new = State(state.step + 1, params, opt_state, extra, sums, first_bad)
-    return new, metrics
+    return State(state.step + 1, *new, sums, first_bad), metrics
+
+  def updates(state: State, batches):
+    if len(batches) == 1:
+      return update(state, batches[0])
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+    state, metrics = jax.lax.scan(update, state, stacked)
+    return state, jax.tree.map(lambda x: x[-1], metrics)
 
   step_fn = jax.jit(
-    update,
+    updates,
     donate_argnums=0,
     in_shardings=(shardings, by_row),
     out_shardings=(shardings, None),
   )
+  # Logs and checkpoints fall on the end of a dispatch.
+  stride = math.gcd(steps_per_dispatch, log_every, checkpoint_every, steps)
 
   # ----------------------------------------------------------------- loop
-  record = _Record(workdir, start, steps, batch_size, task.shown, track)
+  record = _Record(workdir, start, steps, batch_size, task, track)
   batches = task.batches(start, by_row)
   done = start
   with contextlib.ExitStack() as stack:
@@ -169,15 +179,15 @@ def train(
     stopping = stack.enter_context(_sigterm())
     stack.enter_context(jax.set_mesh(mesh))
     pending = None
-    for step in range(start, steps):
-      batch = dict(next(batches))
+    while done < steps:
+      several = tuple(dict(next(batches)) for _ in range(stride))
       with jax.transfer_guard("disallow"):
-        state, metrics = step_fn(state, batch)
-      done = step + 1
+        state, metrics = step_fn(state, several)
+      done += stride
       if pending is not None:  # the device is busy with the step just sent
         record.write(*pending)
         pending = None
-      record.advance()
+      record.advance(stride)
       stop = bool(stopping)
       if done % log_every == 0 or done == steps:
         pending = done, metrics
@@ -213,7 +223,7 @@ def _sigterm():
 class _Record:
   """metrics.jsonl, the progress bar and the trackers."""
 
-  def __init__(self, workdir, start, steps, batch_size, shown, track):
+  def __init__(self, workdir, start, steps, batch_size, task, track):
     path = workdir / "metrics.jsonl"
     # What was logged after the checkpoint that we resume from comes again; a
     # line that was cut short goes.
@@ -223,7 +233,8 @@ class _Record:
     partial.rename(path)
     self._file = path.open("a")
     self._trackers = Trackers(track, workdir)
-    self._batch, self._steps, self._shown = batch_size, steps, shown
+    self._batch, self._steps, self._task = batch_size, steps, task
+    self._warned = set()
     self._began, self._at = time.perf_counter(), start
     self._before = kept[-1].get("seconds", 0.0) if kept else 0.0
     self._start = time.perf_counter()
@@ -234,21 +245,39 @@ class _Record:
       initial=start * batch_size,
     )
 
-  def advance(self) -> None:
-    self._bar.update(self._batch)
+  def advance(self, steps: int) -> None:
+    self._bar.update(steps * self._batch)
 
-  def check(self, metrics) -> dict[str, float]:
-    row = {name: float(x) for name, x in jax.device_get(metrics).items()}
-    bad = int(row.pop("first_bad"))
-    if bad >= 0:
+  def check(self, metrics) -> dict[str, Any]:
+    """The metrics, means over the members that are finite, and of each."""
+    found = {n: np.atleast_1d(x) for n, x in jax.device_get(metrics).items()}
+    bad = found.pop("first_bad")
+    if (bad >= 0).all():
       raise FloatingPointError(
-        f"The loss is not finite at step {bad}. The last checkpoint before it "
-        "is kept. Check the activations for NaN, or lower the learning rate."
+        f"The loss is not finite at step {bad.min()}. The last checkpoint "
+        "before it is kept. Check the activations for NaN, or lower the "
+        "learning rate."
       )
+    for name, step in zip(self._task.members, bad, strict=True):
+      if step >= 0:
+        self._warn(
+          f"{name}: the loss is not finite at step {step}; it stays as it was "
+          "there. Lower its learning rate."
+        )
+    row = {name: float(x[bad < 0].mean()) for name, x in found.items()}
+    if len(bad) > 1:
+      row["members"] = {name: x.tolist() for name, x in found.items()}
     return row
+
+  def _warn(self, message: str) -> None:
+    if message not in self._warned:
+      self._warned.add(message)
+      log.warning("%s", message)
 
   def write(self, step: int, metrics) -> None:
     row = self.check(metrics)
+    for message in self._task.watch({"step": step, **row}):
+      self._warn(message)
     now = time.perf_counter()
     rate = (step - self._at) * self._batch / max(now - self._began, 1e-9)
     self._began, self._at = now, step
@@ -260,13 +289,15 @@ class _Record:
       "seconds": self._before + now - self._start,
       **memory(),
     }
-    shown = {name: f"{row[name]:.4g}" for name in self._shown}
+    shown = {name: f"{row[name]:.4g}" for name in self._task.shown}
     self._bar.set_postfix(
       {"step": f"{step}/{self._steps}", **shown}, refresh=False
     )
     self._file.write(json.dumps(row) + "\n")
     self._file.flush()
-    self._trackers.write(step, row)
+    self._trackers.write(
+      step, {name: x for name, x in row.items() if name != "members"}
+    )
 
   def close(self) -> None:
     self._bar.close()

@@ -19,13 +19,14 @@ KINDS = (
   "none",  # x
   "mean_square",  # x * c, so that mean |x|^2 = D
   "mean_norm",  # x * c, so that mean |x| = sqrt(D)
+  "unit_square",  # x * c, so that mean |x|^2 = 1
   "scale",  # centred, one factor for all dims: mean variance 1
   "standardise",  # centred, one factor for each dim: every variance 1
   "pca",  # centred, turned to the eigenvectors, their variances 1
   "zca",  # the same, turned back: the least change that whitens
   "whiten",  # zca, then one factor: mean variance 1 whatever the shrinkage
 )
-CENTRED = KINDS[3:]
+CENTRED = KINDS[4:]
 WHITENING = ("pca", "zca", "whiten")
 
 # Eigenvalues below this share of the largest are rounding: the products
@@ -171,7 +172,7 @@ def matrices(
   if kind == "none":
     return np.zeros(width), np.float64(1), np.float64(1)
   variance = np.maximum(np.asarray(statistics.variance, np.float64), 0)
-  if kind in ("mean_square", "mean_norm"):
+  if kind in ("mean_square", "mean_norm", "unit_square"):
     size = np.sqrt(variance.sum() + mean @ mean)
     if kind == "mean_norm":
       size = statistics.mean_norm
@@ -182,7 +183,8 @@ def matrices(
         "Every activation is zero; nothing can be scaled. Check the site and "
         "the mask."
       )
-    return np.zeros(width), np.sqrt(width) / size, size / np.sqrt(width)
+    aim = 1.0 if kind == "unit_square" else np.sqrt(width)
+    return np.zeros(width), aim / size, size / aim
   if not variance.mean() > 0:
     raise ValueError(
       "The site is constant over the rows; nothing can be normalised. Check "

@@ -9,7 +9,7 @@ import numpy as np
 
 from gemma_jax import progress
 from gemma_jax.activations import ActivationStore
-from gemma_jax.dictionaries import core
+from gemma_jax.dictionaries import core, linear
 from gemma_jax.dictionaries.dictionary import Dictionary, encode
 from gemma_jax.dictionaries.linear import Ridge
 from gemma_jax.metrics import RunningFVU
@@ -87,7 +87,7 @@ def evaluate(
   """
   cfg = dictionary.config
   prefixes = [RunningFVU() for _ in cfg.prefix_widths]
-  linear, constant, shuffled = RunningFVU(), RunningFVU(), RunningFVU()
+  affine, constant, shuffled = RunningFVU(), RunningFVU(), RunningFVU()
   rng = np.random.default_rng(0)
   width = cfg.width
   sums = {
@@ -104,8 +104,8 @@ def evaluate(
   bar = progress.bar(rows, "evaluate", unit="tokens")
   for start in range(0, rows, batch_size):
     stop = min(start + batch_size, rows)
-    x = np.asarray(store.read(start, stop, cfg.read), np.float32)
-    y = np.asarray(store.read(start, stop, cfg.write), np.float32)
+    x = np.asarray(linear.rows(store, start, stop, cfg.read), np.float32)
+    y = np.asarray(linear.rows(store, start, stop, cfg.write), np.float32)
     recs, acts = _reconstruct(cfg, dictionary.params, x)
     best = _merge(best, acts, start)
     for name, part in _sums(acts, dictionary.params["W_dec"]).items():
@@ -113,7 +113,7 @@ def evaluate(
     recs = np.asarray(recs)
     for running, rec in zip(prefixes, recs, strict=True):
       running.update(y, rec)
-    linear.update(y, ridge(x))
+    affine.update(y, ridge(x))
     constant.update(y, np.broadcast_to(train_mean.astype(np.float32), y.shape))
     shuffled.update(y, recs[-1][rng.permutation(len(y))])
     norms["input"].append(np.linalg.norm(x, axis=-1))
@@ -134,7 +134,7 @@ def evaluate(
     "fvu_min": min(by_prefix),
     "fvu_max": max(by_prefix),
     "fvu_mean_prefixes": float(np.mean(by_prefix)),
-    "fvu_linear": linear.compute(),
+    "fvu_linear": affine.compute(),
     "fvu_mean": mean,
     "fvu_train_mean": constant.compute(),
     "fvu_shuffled": shuffled.compute(),
@@ -158,7 +158,7 @@ def _mean_predictor(store, site, mean, batch_size) -> float:
   running = RunningFVU()
   for start in range(0, len(store), batch_size):
     stop = min(start + batch_size, len(store))
-    y = store.read(start, stop, site)
+    y = linear.rows(store, start, stop, site)
     running.update(y, np.broadcast_to(mean, y.shape))
   return running.compute()
 

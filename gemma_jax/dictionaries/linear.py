@@ -23,7 +23,7 @@ def _products(x, y, shift_x, shift_y):
   y = y.astype(jnp.float32) - shift_y
   # GPUs would otherwise round the factors to TF32.
   with jax.default_matmul_precision("highest"):
-    return x.sum(0), y.sum(0), x.T @ x, x.T @ y, jnp.sum(y * y)
+    return x.sum(0), y.sum(0), x.T @ x, x.T @ y, jnp.sum(y * y, axis=0)
 
 
 @dataclasses.dataclass
@@ -38,7 +38,7 @@ class Moments:
     y: sum of y, [E].
     xx: sum of outer products, [D, D].
     xy: the same, [D, E].
-    yy: sum of squared norms of y.
+    yy: sum of squares of y, [E].
   """
 
   count: int
@@ -48,7 +48,7 @@ class Moments:
   y: np.ndarray
   xx: np.ndarray
   xy: np.ndarray
-  yy: float
+  yy: np.ndarray
 
   def __add__(self, other: "Moments") -> "Moments":
     """Sums of both; the two must share their shifts."""
@@ -87,16 +87,17 @@ class Moments:
     return self.xy / self.count - np.outer(self.x, self.y) / self.count**2
 
   @property
-  def variance_y(self) -> float:
-    """Mean of |y - mean(y)|^2."""
-    return float(self.yy / self.count - np.sum((self.y / self.count) ** 2))
+  def variance_y(self) -> np.ndarray:
+    """Variance of every dim of y, float64 [E]."""
+    return self.yy / self.count - (self.y / self.count) ** 2
 
   def squared_error(self, linear: np.ndarray, bias: np.ndarray) -> float:
     """Mean over the rows of |y - x @ linear - bias|^2."""
     offset = self.mean_y - self.mean_x @ linear - bias
     quadratic = np.sum((self.covariance @ linear) * linear)
     cross = np.sum(self.cross_covariance * linear)
-    return float(self.variance_y - 2 * cross + quadratic + offset @ offset)
+    errors = self.variance_y.sum() - 2 * cross + quadratic
+    return float(errors + offset @ offset)
 
 
 def moments(
@@ -172,6 +173,14 @@ def fit_ridge(fit: Moments, validation: Moments) -> Ridge:
   return Ridge(linear.astype(np.float32), bias.astype(np.float32), best[0])
 
 
+def rows(
+  store: ActivationStore, start: int, stop: int, joined: str
+) -> np.ndarray:
+  """Rows of a site, or of several joined by "+", side by side."""
+  parts = [store.read(start, stop, site) for site in joined.split("+")]
+  return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
 def fit(store: ActivationStore, read: str, write: str) -> tuple[Moments, Ridge]:
   """Moments of a whole store, and the ridge map between two of its sites.
 
@@ -180,14 +189,14 @@ def fit(store: ActivationStore, read: str, write: str) -> tuple[Moments, Ridge]:
 
   Args:
     store: training activations.
-    read: site of x.
-    write: site of y.
+    read: site of x, or several joined by "+".
+    write: site of y, likewise.
   """
 
   def blocks(start, stop):
     for at in range(start, stop, BLOCK):
       end = min(at + BLOCK, stop)
-      yield store.read(at, end, read), store.read(at, end, write)
+      yield rows(store, at, end, read), rows(store, at, end, write)
 
   cut = len(store) - len(store) // 10
   first = moments(blocks(0, cut))

@@ -7,9 +7,14 @@ value is found by bisection on bits: each step is one count, which shards.
 import jax
 import jax.numpy as jnp
 
+from gemma_jax.dictionaries import axes as mesh
+
 
 def kth_largest(
-  z: jax.Array, k: jax.Array | float, axis: int | None = None
+  z: jax.Array,
+  k: jax.Array | float,
+  axis: int | None = None,
+  axes: tuple[str, ...] = (),
 ) -> jax.Array:
   """A threshold t > 0 such that `z >= t` keeps the k largest of ReLU(z).
 
@@ -20,6 +25,7 @@ def kth_largest(
     z: float32, [..., M].
     k: how many to keep.
     axis: None for all of z at once, -1 for every row.
+    axes: of a mesh under `shard_map`, over which z is split.
 
   Returns:
     float32 [] or [..., 1].
@@ -33,10 +39,11 @@ def kth_largest(
   keep = axis is not None
 
   def count(t):
-    return jnp.sum(bits >= t, axis=axis, keepdims=keep, dtype=jnp.int32)
+    here = jnp.sum(bits >= t, axis=axis, keepdims=keep, dtype=jnp.int32)
+    return mesh.total(here, axes)
 
   # The answer lies in [low, high); an exact hit closes the interval on it.
-  top = jnp.max(bits, axis=axis, keepdims=keep) + 1
+  top = mesh.largest(jnp.max(bits, axis=axis, keepdims=keep), axes) + 1
   low = jnp.ones_like(top)
   high = jnp.where(count(low) <= k, 2, top)
 

@@ -1,28 +1,237 @@
 """What a model loses when a dictionary takes a site's place."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 
 from gemma_jax import progress
+from gemma_jax.metrics.ablation import (
+  ABLATIONS,
+  Replacement,
+  Resample,
+  donors,
+  of_others,
+)
+from gemma_jax.metrics.intervals import document_interval
 from gemma_jax.models import Model, Splice, sharding, sites
 from gemma_jax.models.forward import forward, unembed
 
-# fn(value of the site read, value of the site replaced) -> replacement.
-Replacement = Callable[[jax.Array, jax.Array], jax.Array]
-
 LOGIT_ROWS = 256  # tokens whose logits exist at once
+
+DEFINITIONS = {
+  "ce": "Mean next-token loss, nats per counted token.",
+  "delta_ce": "ce less that of the clean model, nats per token.",
+  "kl": "Mean KL(clean || replaced) of next-token distributions, nats.",
+  "ce_recovered": (
+    "(ce of the ablation - ce) / gap: 1 loses nothing, 0 is no better than "
+    "the ablation; ratio of means."
+  ),
+  "gap": "delta_ce of the ablation, nats per token: small ones mean little.",
+  "zero": "The ablation that sets the site to zero.",
+  "mean": "The ablation that sets it to its mean over training tokens.",
+  "resample": (
+    "The ablation that sets it to its value at a random counted token of the "
+    "batch, of another document where there is one."
+  ),
+  "interval": "Bootstrap over documents (BCa) at the level that is given.",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SpliceLosses:
+  """Sums over counted tokens, by document, in float64.
+
+  Attributes:
+    documents: int [G], ids of the documents that have counted tokens.
+    tokens: int64 [G], how many.
+    ce: name -> [G] sums of next-token loss, nats; "clean" is the whole model.
+    kl: name -> [G] sums of KL(clean || replaced), nats.
+  """
+
+  documents: np.ndarray
+  tokens: np.ndarray
+  ce: dict[str, np.ndarray]
+  kl: dict[str, np.ndarray]
+
+  def means(self) -> dict[str, dict[str, float]]:
+    """name -> {"ce", "kl": nats per token, "tokens": how many}."""
+    count = int(self.tokens.sum())
+    return {
+      name: {
+        "ce": float(self.ce[name].sum() / max(count, 1)),
+        "kl": float(self.kl[name].sum() / max(count, 1)),
+        "tokens": count,
+      }
+      for name in self.ce
+    }
+
+  def summary(
+    self,
+    ablations=ABLATIONS,
+    *,
+    level: float = 0.95,
+    resamples: int = 1_000,
+    seed: int = 0,
+  ) -> dict[str, dict]:
+    """All numbers of `DEFINITIONS` with their intervals.
+
+    Args:
+      ablations: names of the replacements that the others are held against;
+        those that were not made are left out.
+      level: see `document_interval`, as are the other two.
+      resamples: see there.
+      seed: see there.
+
+    Returns:
+      name -> {"ce", "kl", "tokens", "delta_ce", "delta_ce_interval",
+      "kl_interval"}, and for what is no ablation "ce_recovered": {ablation:
+      {"value", "gap", "interval"}}; "clean" has "ce", "ce_interval" and
+      "tokens". Intervals are (low, high), or None for fewer than two
+      documents.
+    """
+
+    def interval(top, bottom):
+      return document_interval(
+        top, bottom, level=level, resamples=resamples, seed=seed
+      )
+
+    means, whole = self.means(), self.ce["clean"]
+    clean = means["clean"]["ce"]
+    out = {
+      "clean": {
+        "ce": clean,
+        "ce_interval": interval(whole, self.tokens),
+        "tokens": means["clean"]["tokens"],
+      }
+    }
+    against = [name for name in ablations if name in self.ce]
+    for name, ce in self.ce.items():
+      if name == "clean":
+        continue
+      out[name] = means[name] | {
+        "delta_ce": means[name]["ce"] - clean,
+        "delta_ce_interval": interval(ce - whole, self.tokens),
+        "kl_interval": interval(self.kl[name], self.tokens),
+      }
+      if name in ablations:
+        continue
+      out[name]["ce_recovered"] = {
+        other: {
+          "value": ce_recovered(clean, means[name]["ce"], means[other]["ce"]),
+          "gap": means[other]["ce"] - clean,
+          "interval": interval(self.ce[other] - ce, self.ce[other] - whole),
+        }
+        for other in against
+      }
+    return out
+
+
+def splice_losses(
+  model: Model,
+  tokens: np.ndarray,
+  mask: np.ndarray,
+  replacements: Mapping[str, Replacement | Resample],
+  *,
+  read: str,
+  write: str,
+  batch_size: int,
+  document: np.ndarray | None = None,
+  keep_unmasked: bool = True,
+) -> SpliceLosses:
+  """Next-token loss of the model with `write` replaced, by document.
+
+  The loss is taken where the token to predict is counted, the same positions
+  for every replacement, and belongs to that token's document.
+
+  Args:
+    model: with all its layers.
+    tokens: int [W, T].
+    mask: bool [W, T], True where a position counts: not BOS, not padding, no
+      other special token.
+    replacements: name -> function, or `Resample`; "clean" is added. Large
+      parameters belong in a `jax.tree_util.Partial`: what a function closes
+      over is compiled into the program.
+    read: site that the functions read, in the same block as `write`.
+    write: site that they replace.
+    batch_size: windows in one forward pass.
+    document: int [W, T], whose document a position is; None takes every
+      window for one.
+    keep_unmasked: positions where the mask is False keep what they had; else
+      they are replaced like all others.
+
+  Raises:
+    ValueError: `read` and `write` are sites of different blocks, a
+      replacement is called "clean", or an array is not [W, T].
+  """
+  if "clean" in replacements:
+    raise ValueError('"clean" is the model as it is; choose another name.')
+  if document is None:
+    document = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
+  for name, array in (("mask", mask), ("document", document)):
+    if array.shape != tokens.shape:
+      raise ValueError(
+        f"The {name} is {array.shape}; expected [W, T], {tokens.shape}."
+      )
+  names = tuple(replacements)
+  short = _same_block(read, write, model.config)
+  found, index = np.unique(document[:, 1:][mask[:, 1:]], return_inverse=True)
+  owner = np.zeros(mask[:, 1:].shape, np.int64)
+  owner[mask[:, 1:]] = index
+  totals = np.zeros((1 + len(names), 2, len(found)))
+  tally = np.bincount(index, minlength=len(found))
+  generators = {
+    name: np.random.default_rng(fn.seed)
+    for name, fn in replacements.items()
+    if isinstance(fn, Resample)
+  }
+  bar = progress.bar(len(index), "splice", unit="tokens")
+  done = 0
+  for start in range(0, len(tokens), batch_size):
+    part = slice(start, start + batch_size)
+    pad = ((0, batch_size - len(tokens[part])), (0, 0))
+    padded = [np.pad(a[part], pad) for a in (tokens, mask, document)]
+    replaced = padded[1] if keep_unmasked else np.ones_like(padded[1])
+    functions = []
+    for name, fn in replacements.items():
+      if isinstance(fn, Resample):
+        chosen = donors(*padded[1:], generators[name])
+        fn = Partial(of_others, sharding.put_batch(chosen, model.mesh))
+      functions.append(fn if isinstance(fn, Partial) else Partial(fn))
+    counted = padded[1][:, 1:].reshape(-1)
+    values = _row_values(
+      model, padded[0], replaced, counted, tuple(functions), short, write
+    )
+    owners = owner[part].reshape(-1)
+    kept = counted[: len(owners)]
+    for sums, rows in zip(totals, values[..., : len(owners)], strict=True):
+      for total, row in zip(sums, rows, strict=True):
+        total += np.bincount(owners[kept], row[kept], len(found))
+    done += int(kept.sum())
+    bar.update(done - bar.n)
+    bar.set_postfix(
+      ce=f"{totals[0, 0].sum() / max(done, 1):.4f}", refresh=False
+    )
+  bar.close()
+  named = dict(zip(("clean", *names), totals, strict=True))
+  return SpliceLosses(
+    found,
+    tally,
+    {name: ce for name, (ce, _) in named.items()},
+    {name: kl for name, (_, kl) in named.items()},
+  )
 
 
 def spliced_cross_entropy(
   model: Model,
   tokens: np.ndarray,
   mask: np.ndarray,
-  replacements: Mapping[str, Replacement],
+  replacements: Mapping[str, Replacement | Resample],
   *,
   read: str,
   write: str,
@@ -52,41 +261,35 @@ def spliced_cross_entropy(
   Raises:
     ValueError: `read` and `write` are sites of different blocks.
   """
-  names = tuple(replacements)
-  functions = tuple(
-    fn if isinstance(fn, Partial) else Partial(fn)
-    for fn in replacements.values()
-  )
-  short = _same_block(read, write, model.config)
-  totals = np.zeros((1 + len(names), 2))
-  count = 0
-  bar = progress.bar(int(mask[:, 1:].sum()), "splice", unit="tokens")
-  for start in range(0, len(tokens), batch_size):
-    part = slice(start, start + batch_size)
-    pad = ((0, batch_size - len(tokens[part])), (0, 0))
-    padded = np.pad(tokens[part], pad), np.pad(mask[part], pad)
-    with jax.set_mesh(model.mesh):
-      placed = [sharding.put_batch(a, model.mesh) for a in padded]
-      streams = _streams(
-        model.config, model.params, *placed, functions, short, write
-      )
-      # Blocks are separate programs: inside a loop of one program the CPU
-      # runs everything but the products on a single core.
-      flat = padded[0][:, 1:].reshape(-1), padded[1][:, 1:].reshape(-1)
-      for at in range(0, len(flat[0]), LOGIT_ROWS):
-        rows = slice(at, at + LOGIT_ROWS)
-        if flat[1][rows].any():
-          block = streams[:, rows], flat[0][rows], flat[1][rows]
-          totals += _losses(model.config, model.params, *block)
-    count += int(mask[part][:, 1:].sum())
-    bar.update(count - bar.n)
-    bar.set_postfix(ce=f"{totals[0, 0] / max(count, 1):.4f}", refresh=False)
-  bar.close()
-  means = totals / max(count, 1)
-  return {
-    name: {"ce": float(ce), "kl": float(kl), "tokens": count}
-    for name, (ce, kl) in zip(("clean", *names), means, strict=True)
-  }
+  return splice_losses(
+    model,
+    tokens,
+    mask,
+    replacements,
+    read=read,
+    write=write,
+    batch_size=batch_size,
+  ).means()
+
+
+def _row_values(model, tokens, replaced, counted, functions, read, write):
+  """[1 + R, 2, B * (T - 1)]: `_losses` of the counted rows of one batch."""
+  targets = tokens[:, 1:].reshape(-1)
+  values = np.zeros((1 + len(functions), 2, len(targets)))
+  with jax.set_mesh(model.mesh):
+    placed = [sharding.put_batch(a, model.mesh) for a in (tokens, replaced)]
+    streams = _streams(
+      model.config, model.params, *placed, functions, read, write
+    )
+    # Blocks are separate programs: inside a loop of one program the CPU
+    # runs everything but the products on a single core.
+    for at in range(0, len(targets), LOGIT_ROWS):
+      rows = slice(at, at + LOGIT_ROWS)
+      if counted[rows].any():
+        values[..., rows] = _losses(
+          model.config, model.params, streams[:, rows], targets[rows]
+        )
+  return values
 
 
 def _same_block(read: str, write: str, cfg) -> str:
@@ -100,7 +303,7 @@ def _same_block(read: str, write: str, cfg) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
-def _streams(cfg, params, tokens, mask, functions, read, write):
+def _streams(cfg, params, tokens, replaced, functions, read, write):
   """Last resid_post of the clean model and of every replacement.
 
   Returns:
@@ -120,32 +323,31 @@ def _streams(cfg, params, tokens, mask, functions, read, write):
     return found[last][:, :-1].reshape(-1, cfg.width)
 
   def spliced(function):
-    def where_unmasked(x, y):
-      return jnp.where(mask[..., None], function(x, y), y)
+    def where_replaced(x, y):
+      return jnp.where(replaced[..., None], function(x, y), y)
 
-    return final({write: Splice(read, where_unmasked)})
+    return final({write: Splice(read, where_replaced)})
 
   return jnp.stack([final({}), *map(spliced, functions)])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _losses(cfg, params, streams, targets, counted):
-  """[1 + R, 2] sums over counted rows of the loss and of KL from clean."""
-  clean = unembed(cfg, params, streams[0])
-  top = clean.max(-1, keepdims=True)
-  weights = jnp.exp(clean - top)
-  total = weights.sum(-1)
-  clean_lse = top[:, 0] + jnp.log(total)
-  out = []
-  for i, stream in enumerate(streams):
-    logits = unembed(cfg, params, stream) if i else clean
-    lse = jax.nn.logsumexp(logits, axis=-1) if i else clean_lse
-    ce = lse - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
-    # sum p (log p - log q), with log p - log q = clean - logits + constants.
-    apart = jnp.sum(weights * (clean - logits), axis=-1) / total
-    kl = apart - clean_lse + lse
-    out.append([jnp.where(counted, v, 0).sum() for v in (ce, kl)])
-  return jnp.array(out)
+def _losses(cfg, params, streams, targets):
+  """[1 + R, 2, rows]: the loss, and KL from clean."""
+  logits = (unembed(cfg, params, stream) for stream in streams)
+  clean = jax.nn.log_softmax(next(logits), axis=-1)
+  out = [_row_losses(clean, clean, targets)]
+  for z in logits:
+    out.append(_row_losses(clean, jax.nn.log_softmax(z, axis=-1), targets))
+  # Whole on every process, which reads them all.
+  return jax.lax.with_sharding_constraint(jnp.stack(out), PartitionSpec())
+
+
+def _row_losses(clean, logp, targets):
+  """[2, rows] of log-probabilities [rows, V]."""
+  ce = -jnp.take_along_axis(logp, targets[:, None], 1)[:, 0]
+  # Log-probabilities stay finite where probabilities underflow to 0.
+  return jnp.stack([ce, jnp.sum(jnp.exp(clean) * (clean - logp), axis=-1)])
 
 
 def ce_recovered(clean: float, spliced: float, ablated: float) -> float:

@@ -34,13 +34,15 @@ ACTIVATIONS = P(("data", "fsdp"), None, None)  # B T D
 def make_mesh(
   sizes: Mapping[str, int] | None = None,
   devices: Sequence[jax.Device] | None = None,
+  axes: tuple[str, ...] = AXES,
 ) -> Mesh:
-  """A mesh over `AXES`.
+  """A mesh over `AXES`, or others.
 
   Args:
     sizes: axis -> devices along it; -1 (at most once) takes what is left;
       missing axes have one. None puts all devices on "data".
     devices: default, all of them.
+    axes: names, in order.
 
   Raises:
     ValueError: an unknown axis, or sizes whose product is not the number of
@@ -48,10 +50,10 @@ def make_mesh(
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = dict(sizes or {"data": -1})
-  unknown = sorted(set(sizes) - set(AXES))
+  unknown = sorted(set(sizes) - set(axes))
   if unknown:
-    raise ValueError(f"Unknown mesh axes {unknown}; expected some of {AXES}.")
-  shape = [sizes.get(axis, 1) for axis in AXES]
+    raise ValueError(f"Unknown mesh axes {unknown}; expected some of {axes}.")
+  shape = [sizes.get(axis, 1) for axis in axes]
   if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
     raise ValueError(
       f"Mesh {sizes}: sizes must be positive, with at most one -1 (inferred)."
@@ -64,7 +66,7 @@ def make_mesh(
       f"{len(devices)}. Change one axis, or make it -1."
     )
   return jax.make_mesh(
-    shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices
   )
 
 

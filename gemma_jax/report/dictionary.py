@@ -8,7 +8,7 @@ import numpy as np
 
 from gemma_jax.activations import ActivationStore
 from gemma_jax.data import Windows
-from gemma_jax.dictionaries import Dictionary
+from gemma_jax.dictionaries import Dictionary, linear
 from gemma_jax.dictionaries.evaluate import LatentStatistics
 from gemma_jax.models import Model
 from gemma_jax.report import plots
@@ -101,6 +101,8 @@ def _to_text(model):
 def _vocabulary(dictionary, index, model, count, to_text):
   """Tokens whose logits each latent's direction raises and lowers most."""
   decoder = np.asarray(dictionary.params["W_dec"])[index]
+  if decoder.shape[1] != model.config.width:  # no direction of the residual
+    return [[] for _ in index], [[] for _ in index]
   gain = model.config.norm_offset + np.asarray(
     model.params["final_norm"], np.float32
   )
@@ -125,7 +127,7 @@ def _context(dictionary, store, label, windows, m, row, to_text) -> Context:
   last = len(store) - 1
   while stop < last and stop - row < AFTER and together(stop, stop + 1):
     stop += 1
-  x = store.read(start, stop + 1, dictionary.config.read)
+  x = linear.rows(store, start, stop + 1, dictionary.config.read)
   _, source, name = windows.documents[document[row]]
   return Context(
     tokens=to_text(label["token"][start : stop + 1]),
@@ -178,7 +180,6 @@ def write(
       dict(norms), folder / "norms.png"
     ),
   }
-  gap = results["ce_ablated"] - results["ce_clean"]
   summary = [
     (
       "FVU",
@@ -192,11 +193,17 @@ def write(
       f"{results['dead_fraction']:.2%}",
       f"fire on none of {results['tokens_heldout']:,} held-out tokens",
     ),
-    (
-      "CE recovered",
-      results["ce_recovered"],
-      f"of the {gap:.4g} nats that zeroing the site costs; "
-      f"delta CE {results['delta_ce']:.4g}",
+    *(
+      [
+        (
+          "CE recovered",
+          results["ce_recovered"],
+          f"of the {results['ce_gap']:.4g} nats that zeroing the site costs; "
+          f"delta CE {results['delta_ce']:.4g}",
+        )
+      ]
+      if "ce_gap" in results
+      else []  # of a crosscoder
     ),
     (
       "Tokens",
@@ -206,6 +213,7 @@ def write(
   ]
   read, write_site = results["sites"]
   kind = "SAE" if read == write_site else "Transcoder"
+  kind = "Crosscoder" if "+" in read else kind
   return write_page(
     workdir / "report.html",
     title=f"{kind} of {results['model']}: {read} → {write_site}",

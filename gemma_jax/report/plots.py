@@ -25,6 +25,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE = (
   "#cc79a7",
 )
 INK, FAINT = "#333333", "#e4e4e4"
+COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, INK)
 # 6.4 in at 130 dpi is 832 px: type of 9 pt is still 12 px tall at 640 px.
 WIDTH, DPI = 6.4, 130
 
@@ -37,14 +38,16 @@ _PANELS = {
 }
 
 
-def _figure(height: float, rows: int = 1, columns: int = 1):
+def canvas(height: float, rows: int = 1, columns: int = 1):
+  """A figure of this height in inches and its axes [rows, columns]."""
   figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
   FigureCanvasAgg(figure)
   figure.set_facecolor("white")
   return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _dress(axes: Axes, *, x: str, y: str) -> None:
+def dress(axes: Axes, *, x: str, y: str) -> None:
+  """Labels, ticks and lines as in every picture here."""
   axes.set_xlabel(x, color=INK, fontsize=10)
   axes.set_ylabel(y, color=INK, fontsize=10)
   axes.tick_params(which="both", colors=INK, labelsize=9, length=3)
@@ -54,11 +57,13 @@ def _dress(axes: Axes, *, x: str, y: str) -> None:
   axes.spines[["left", "bottom"]].set_color("#aaaaaa")
 
 
-def _key(axes: Axes, **options) -> None:
+def key(axes: Axes, **options) -> None:
+  """A legend without a frame."""
   axes.legend(fontsize=9, labelcolor=INK, frameon=False, **options)
 
 
-def _write(figure: Figure, path: str | Path) -> Path:
+def write(figure: Figure, path: str | Path) -> Path:
+  """Writes a PNG, the same bytes for the same numbers."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   # Matplotlib stamps its version into the file; without it the same numbers
@@ -75,7 +80,8 @@ def _short(value: float, _position=None) -> str:
   return f"{value:.4g}"
 
 
-def _finite(value) -> bool:
+def is_finite(value) -> bool:
+  """Whether there is a value, and a finite one."""
   return value is not None and bool(np.isfinite(value))
 
 
@@ -91,9 +97,9 @@ def training_curves_figure(metrics: Sequence[Mapping]) -> Figure:
   Returns:
     A figure with one panel for each quantity.
   """
-  if metrics and all(_finite(row.get("tokens")) for row in metrics):
+  if metrics and all(is_finite(row.get("tokens")) for row in metrics):
     x, x_label = [row["tokens"] for row in metrics], "tokens seen"
-  elif metrics and all(_finite(row.get("step")) for row in metrics):
+  elif metrics and all(is_finite(row.get("step")) for row in metrics):
     x, x_label = [row["step"] for row in metrics], "step"
   else:
     x, x_label = list(range(len(metrics))), "row of metrics.jsonl"
@@ -103,19 +109,19 @@ def training_curves_figure(metrics: Sequence[Mapping]) -> Figure:
     points = [
       (at, row[key])
       for at, row in zip(x, metrics, strict=True)
-      if _finite(row.get(key))
+      if is_finite(row.get(key))
     ]
     if points:
       curves[key] = np.asarray(points, np.float64)
   if not curves:
-    figure, grid = _figure(1.6)
+    figure, grid = canvas(1.6)
     grid[0, 0].set_axis_off()
     grid[0, 0].text(0.5, 0.5, "no metrics were logged", ha="center", color=INK)
     return figure
 
   columns = min(2, len(curves))
   rows = -(-len(curves) // columns)
-  figure, grid = _figure(0.4 + 2.0 * rows, rows, columns)
+  figure, grid = canvas(0.4 + 2.0 * rows, rows, columns)
   for axes in grid.flat[len(curves) :]:
     axes.remove()
   for axes, (key, points) in zip(grid.flat, curves.items(), strict=False):
@@ -123,7 +129,7 @@ def training_curves_figure(metrics: Sequence[Mapping]) -> Figure:
     # One dot, not an invisible line, when a run logged a single row.
     marker = "o" if len(points) == 1 else ""
     axes.plot(*points.T, color=BLUE, linewidth=1.4, marker=marker, markersize=4)
-    _dress(axes, x=x_label, y=_PANELS[key])
+    dress(axes, x=x_label, y=_PANELS[key])
     if np.ptp(y) < 0.01 * abs(y.mean()):
       # A quantity held constant: do not blow rounding up to a curve.
       axes.set_ylim(*sorted((0.9 * y.mean(), 1.1 * y.mean())))
@@ -144,7 +150,7 @@ def training_curves_figure(metrics: Sequence[Mapping]) -> Figure:
 
 def training_curves(metrics: Sequence[Mapping], path: str | Path) -> Path:
   """Writes `training_curves_figure` as a PNG and returns its path."""
-  return _write(training_curves_figure(metrics), path)
+  return write(training_curves_figure(metrics), path)
 
 
 def fvu_prefixes_figure(
@@ -171,8 +177,8 @@ def fvu_prefixes_figure(
       "fvu_prefixes expects one FVU for each of at least one width, received "
       f"{len(widths)} widths and {len(fvu)} FVUs; pass lists of equal length."
     )
-  baselines = {k: v for k, v in (baselines or {}).items() if _finite(v)}
-  figure, grid = _figure(3.5)
+  baselines = {k: v for k, v in (baselines or {}).items() if is_finite(v)}
+  figure, grid = canvas(3.5)
   axes = grid[0, 0]
   axes.plot(
     widths,
@@ -185,7 +191,7 @@ def fvu_prefixes_figure(
     zorder=3,
   )
   for width, value in zip(widths, fvu, strict=True):
-    if _finite(value) and len(widths) <= 8:
+    if is_finite(value) and len(widths) <= 8:
       axes.annotate(
         f"{value:.3g}",
         (width, value),
@@ -208,18 +214,18 @@ def fvu_prefixes_figure(
       linewidth=1.4,
       label=f"{name}: {value:.3g}",
     )
-  _dress(axes, x="prefix width (latents, log scale)", y="FVU")
+  dress(axes, x="prefix width (latents, log scale)", y="FVU")
   axes.set_xscale("log", base=2)
   axes.set_xticks(list(widths), [f"{width:,}" for width in widths])
   axes.xaxis.set_minor_formatter(NullFormatter())
   axes.set_xlim(min(widths) / 1.35, max(widths) * 1.35)
-  seen = [v for v in (*fvu, *baselines.values()) if _finite(v)]
+  seen = [v for v in (*fvu, *baselines.values()) if is_finite(v)]
   if seen and max(seen) > 3 and min(seen) > 0:
     # A baseline that is far worse than the mean would flatten the curve.
     axes.set_yscale("log")
   elif seen:
     axes.set_ylim(min(0.0, 1.1 * min(seen)), 1.12 * max(seen) or 1.0)
-  _key(axes, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2)
+  key(axes, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2)
   return figure
 
 
@@ -230,7 +236,7 @@ def fvu_prefixes(
   baselines: Mapping[str, float] | None = None,
 ) -> Path:
   """Writes `fvu_prefixes_figure` as a PNG and returns its path."""
-  return _write(fvu_prefixes_figure(widths, fvu, baselines), path)
+  return write(fvu_prefixes_figure(widths, fvu, baselines), path)
 
 
 def latent_density_figure(density, *, tokens: int) -> Figure:
@@ -266,7 +272,7 @@ def latent_density_figure(density, *, tokens: int) -> Figure:
   bins = max(8, int(np.ceil(-low * 8)))
   counts, edges = np.histogram(alive, bins=bins, range=(low, 0.0))
 
-  figure, grid = _figure(3.3)
+  figure, grid = canvas(3.3)
   axes = grid[0, 0]
   gap = max(0.25, -0.06 * low)
   at = low - 1.5 * gap
@@ -305,7 +311,7 @@ def latent_density_figure(density, *, tokens: int) -> Figure:
     linewidth=1.2,
     label=f"resolution limit, 1 of {tokens:,} tokens",
   )
-  _dress(axes, x="firing frequency (fraction of tokens)", y="latents")
+  dress(axes, x="firing frequency (fraction of tokens)", y="latents")
   decades = list(range(0, int(np.floor(low)), -1))
   decades = [d for d in decades if d >= low]
   axes.set_xticks(
@@ -313,13 +319,13 @@ def latent_density_figure(density, *, tokens: int) -> Figure:
   )
   axes.set_xlim(at - gap, 0.05 * gap)
   axes.grid(False, axis="x")
-  _key(axes, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
+  key(axes, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
   return figure
 
 
 def latent_density(density, path: str | Path, *, tokens: int) -> Path:
   """Writes `latent_density_figure` as a PNG and returns its path."""
-  return _write(latent_density_figure(density, tokens=tokens), path)
+  return write(latent_density_figure(density, tokens=tokens), path)
 
 
 def norm_histogram_figure(norms: Mapping[str, object]) -> Figure:
@@ -348,9 +354,8 @@ def norm_histogram_figure(norms: Mapping[str, object]) -> Figure:
   low, high = (near.min(), near.max()) if near.size else (0.1, 10.0)
   edges = np.geomspace(low / 1.05, high * 1.05, 61)
 
-  figure, grid = _figure(3.7)
+  figure, grid = canvas(3.7)
   axes = grid[0, 0]
-  colours = (BLUE, ORANGE, GREEN, RED, PURPLE, INK)
   dashes = ("-", "-", (0, (5, 2)), (0, (2, 1.5)), "-", (0, (7, 2, 2, 2)))
   for number, (name, values) in enumerate(good.items()):
     every = norms[name]
@@ -369,18 +374,18 @@ def norm_histogram_figure(norms: Mapping[str, object]) -> Figure:
     axes.stairs(
       counts / max(every.size, 1),
       edges,
-      color=colours[number % 6],
+      color=COLOURS[number % 6],
       linestyle=dashes[number % 6],
       linewidth=1.6,
       label=f"{name}: {', '.join(notes) or 'no values'}",
     )
-  _dress(axes, x="L2 norm (activation units, log scale)", y="share of tokens")
+  dress(axes, x="L2 norm (activation units, log scale)", y="share of tokens")
   axes.set_xscale("log")
   axes.set_ylim(bottom=0)
-  _key(axes, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
+  key(axes, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
   return figure
 
 
 def norm_histogram(norms: Mapping[str, object], path: str | Path) -> Path:
   """Writes `norm_histogram_figure` as a PNG and returns its path."""
-  return _write(norm_histogram_figure(norms), path)
+  return write(norm_histogram_figure(norms), path)

@@ -11,6 +11,8 @@ from gemma_jax.metrics import ce_recovered, spliced_cross_entropy
 READ, WRITE = "blocks.2.mlp_in", "blocks.2.mlp_out"
 W, T = 5, 14
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(scope="module", params=["gemma2-tiny", "gemma3-tiny"])
 def model(request, one_device):

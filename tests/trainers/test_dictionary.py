@@ -152,7 +152,10 @@ def test_a_workdir_of_another_config_is_refused_with_what_differs(finished):
     ({"activations.read": "blocks.1.mlp_in"}, "must be in one block"),
     ({"activations.read": "blocks.2.resid_post"}, "not after what is written"),
     ({"dictionary.group_sizes": [48, 96]}, "they add up to 144"),
-    ({"dictionary.prefix_widths": [768]}, "Both prefix_widths and group_sizes"),
+    (
+      {"dictionary.prefix_widths": [768]},
+      "Give one of prefix_widths and group_sizes",
+    ),
     ({"dictionary.activation": "relu"}, "expected one of topk, batchtopk"),
     ({"data.train_tokens": 100}, "less than one batch"),
     ({"model.name": "random:gemma9"}, "no preset 'gemma9'"),

@@ -1,0 +1,121 @@
+"""What every dictionary run is asked; other configs change a few lines of it.
+
+`trainers/dictionary_plan.py` says what each field means. A field of `recipe`
+that is not set is the preset's; see `gemma_jax/dictionaries/recipe.py` for all
+there are.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+  c = ConfigDict()
+  c.job = "trainers.dictionary"
+  c.seed = 0
+  c.layer = placeholder(int)
+  c.track = ()
+
+  c.model = ConfigDict()
+  c.model.name = placeholder(str)
+  c.model.dtype = placeholder(str)
+
+  c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+
+  c.data = ConfigDict()
+  c.data.corpus = ConfigDict({"kind": "builtin"})
+  c.data.seed = 0
+  c.data.heldout_fraction = 0.1
+  c.data.context = 1024
+  c.data.packing = "packed"
+  c.data.bos = "both"
+  c.data.stride = placeholder(int)
+  c.data.allocation = "equal"
+  c.data.document_tokens = placeholder(int)
+  c.data.train_tokens = 4_000_000
+  c.data.heldout_tokens = 262_144
+
+  c.activations = ConfigDict()
+  c.activations.read = "blocks.{layer}.resid_post"
+  c.activations.write = "blocks.{layer}.resid_post"
+  c.activations.dtype = "bfloat16"
+  c.activations.batch_size = placeholder(int)
+  c.activations.buffer_rows = 2**20
+
+  c.dictionary = ConfigDict()
+  c.dictionary.width = placeholder(int)
+  c.dictionary.activation = "batchtopk"
+  c.dictionary.k = placeholder(float)
+  c.dictionary.matryoshka = False
+  c.dictionary.prefix_widths = ()
+  c.dictionary.group_sizes = ()
+  c.dictionary.group_fractions = ()
+  c.dictionary.skip = False
+
+  c.recipe = ConfigDict()
+  c.recipe.preset = "default"
+  c.recipe.normalise = placeholder(str)
+  c.recipe.learning_rate = placeholder(float)
+  c.recipe.sparsity_coefficient = placeholder(float)
+  c.recipe.aux_k = placeholder(int)
+  c.recipe.aux_candidates = placeholder(int)
+  c.recipe.aux_coefficient = placeholder(float)
+  c.recipe.dead_after = placeholder(int)
+  c.recipe.decay = placeholder(float)
+  c.recipe.products = placeholder(str)
+
+  c.sweep = ConfigDict()
+  c.sweep.learning_rate = ()
+  c.sweep.k = ()
+  c.sweep.sparsity = ()
+  c.sweep.width = ()
+  c.sweep.seed = ()
+
+  c.train = ConfigDict()
+  c.train.steps = 20_000
+  c.train.batch_size = placeholder(int)
+  c.train.mesh = ConfigDict({"member": 1, "data": -1, "latent": 1})
+  c.train.steps_per_dispatch = 1
+  c.train.members_at_once = placeholder(int)
+  c.train.sparse = placeholder(bool)
+  c.train.log_every = 50
+  c.train.checkpoint_every = 1_000
+  c.train.keep = 3
+
+  c.eval = ConfigDict()
+  c.eval.splice_tokens = 65_536
+  c.eval.splice_batch_size = 8
+  c.eval.latents = 20
+  c.eval.contexts = 8
+  return c
+
+
+def smoke(c: ConfigDict, model: str) -> None:
+  """Shrinks a config to a tiny random model: under a minute on a CPU."""
+  c.model.name = model
+  c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+  c.layer = 2
+  c.data.context = 64
+  c.data.train_tokens = 20_000
+  c.data.heldout_tokens = 4_000
+  c.activations.buffer_rows = 2**13  # smaller than the store
+  c.dictionary.width = 768
+  c.dictionary.k = 12.0
+  c.recipe.aux_k = 16
+  c.recipe.aux_candidates = 64
+  c.recipe.dead_after = 4_000
+  c.train.steps = 60
+  c.train.batch_size = 512
+  c.train.mesh = ConfigDict({"member": 1, "data": -1, "latent": 1})
+  c.train.log_every = 10
+  c.train.checkpoint_every = 20
+  c.eval.splice_tokens = 2_000
+  c.eval.latents = 5
+  c.eval.contexts = 4
+
+
+def check(arg: str) -> bool:
+  """Whether a config's argument asks for the smoke run."""
+  if arg not in ("", "smoke"):
+    raise ValueError(f"Unknown argument {arg!r}; expected 'smoke' or nothing.")
+  return arg == "smoke"

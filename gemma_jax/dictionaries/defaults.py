@@ -1,0 +1,63 @@
+"""What a dictionary should be, from the model and the sites alone."""
+
+import dataclasses
+
+from gemma_jax.models import ModelConfig, sites
+
+EXPANSION = 16  # M / D
+# Of Matryoshka groups: 1x, 2x, 4x and 9x the width of what is written.
+GROUP_FRACTIONS = (1 / 16, 2 / 16, 4 / 16, 9 / 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+  """Sizes that fit a site.
+
+  Attributes:
+    d_in: width of what is read.
+    d_out: width of what is written.
+    parts: widths of a crosscoder's sites; empty for one.
+    width: M, 16 times the width of what is written.
+    k: active latents; grows with the width, 32 for GPT-2, 96 for Gemma 2 2B.
+    batch_size: tokens.
+    normalise: of `activations.normalise.KINDS`.
+  """
+
+  d_in: int
+  d_out: int
+  parts: tuple[int, ...]
+  width: int
+  k: int
+  batch_size: int
+  normalise: str
+
+
+def of(
+  model: ModelConfig, read: tuple[str, ...], write: tuple[str, ...]
+) -> Defaults:
+  """Defaults for reading and writing some sites of a model.
+
+  Args:
+    model: of the model.
+    read: sites, as "blocks.6.mlp_in".
+    write: sites.
+  """
+  widths = {"attn_z": model.num_heads * model.head_dim}
+  widths["mlp_hidden"] = model.mlp_width
+
+  def sizes(names):
+    return tuple(
+      widths.get(sites.parse(name, model).name, model.width) for name in names
+    )
+
+  parts = sizes(write)
+  wide = max(parts)
+  return Defaults(
+    d_in=sum(sizes(read)),
+    d_out=sum(parts),
+    parts=parts if len(parts) > 1 else (),
+    width=EXPANSION * wide,
+    k=max(32, wide // 192 * 8),
+    batch_size=4096 if wide > 1024 else 2048,
+    normalise="whiten",
+  )

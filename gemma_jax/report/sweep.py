@@ -1,0 +1,87 @@
+"""What came out of a sweep: a table, a picture, a page."""
+
+import csv
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gemma_jax.report import plots
+from gemma_jax.report.page import write_page
+from gemma_jax.report.pareto import pareto
+
+log = logging.getLogger("gemma_jax")
+
+COLUMNS = ("l0", "fvu", "fvu_linear", "delta_ce", "ce_recovered", "kl")
+COLUMNS += ("dead_fraction",)
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+  """Rows for people, right-aligned, numbers to four digits."""
+
+  def text(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+  cells = [list(columns)]
+  cells += [[text(row.get(name, "")) for name in columns] for row in rows]
+  wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  return "\n".join(
+    "  ".join(f"{cell:>{w}}" for cell, w in zip(line, wide, strict=True))
+    for line in cells
+  )
+
+
+def write(
+  workdir: pathlib.Path,
+  *,
+  results: Mapping[str, Any],
+  config: Mapping[str, Any],
+  metrics: list[dict[str, Any]],
+) -> pathlib.Path:
+  """Writes `sweep.csv`, `plots/*.png` and `report.html`; logs the table.
+
+  Args:
+    workdir: of the run.
+    results: contents of results.json, with `members`.
+    config: resolved, as plain dicts.
+    metrics: rows of metrics.jsonl.
+  """
+  members = results["members"]
+  scalars = [
+    {k: v for k, v in m.items() if not isinstance(v, dict | list)}
+    for m in members
+  ]
+  with (workdir / "sweep.csv").open("w", newline="") as file:
+    writer = csv.DictWriter(file, list(scalars[0]))
+    writer.writeheader()
+    writer.writerows(scalars)
+  columns = ["name", *(c for c in COLUMNS if c in scalars[0])]
+  log.info("\n%s", table(scalars, columns))
+  folder = workdir / "plots"
+  pictures = {
+    "L0 against FVU and delta CE, held-out": pareto(
+      members, folder / "pareto.png"
+    ),
+    "Training, mean over the members": plots.training_curves(
+      metrics, folder / "training.png"
+    ),
+  }
+  best = min(members, key=lambda m: m["fvu"])
+  return write_page(
+    workdir / "report.html",
+    title=f"{len(members)} dictionaries of {results['model']}: "
+    f"{' → '.join(dict.fromkeys(results['sites']))}",
+    results={**results, "members": {m["name"]: dict(m) for m in members}},
+    config=dict(config),
+    plots={name: path for name, path in pictures.items() if path},
+    latents=[],
+    summary=[
+      ("Smallest FVU", best["fvu"], f"held-out; {best['name']}"),
+      (
+        "Tokens",
+        f"{results['tokens_train']:,}",
+        f"trained on, at {results['tokens_per_second_train']:,.0f} per second "
+        "for all members",
+      ),
+    ],
+  )

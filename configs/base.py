@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
   c.activations = ConfigDict()
   c.activations.read = "blocks.{layer}.resid_post"
   c.activations.write = "blocks.{layer}.resid_post"
+  c.activations.also = ()
   c.activations.dtype = "bfloat16"
   c.activations.batch_size = placeholder(int)
   c.activations.buffer_rows = 2**20

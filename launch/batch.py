@@ -243,6 +243,8 @@ def batch() -> int:
   with progress.bar(len(states), "runs", unit="runs", initial=done) as bar:
     bar.unit_scale = False
     for run, outcome in ended:
+      if outcome.status == "not started":
+        continue
       asked.record.end(run.name, outcome)
       bar.write(summary.headline(asked.row(run.name)))
       sys.stdout.flush()

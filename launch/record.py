@@ -93,9 +93,8 @@ class Record:
   def end(self, name: str, outcome: Outcome) -> None:
     """Writes how a run ended; its seconds add up over the attempts."""
     run = self.runs[name]
-    seconds = (run["seconds"] or 0.0) + outcome.seconds
+    run["seconds"] = (run["seconds"] or 0.0) + outcome.seconds
     run.update(status=outcome.status, error=outcome.error)
-    run["seconds"] = seconds if seconds else None
     self._write()
 
   def _write(self) -> None:

@@ -136,6 +136,8 @@ class Run:
 
   def __call__(self, env: Mapping[str, str] | None = None) -> Outcome:
     """Runs it to its end, or until `stop`; waits for stores that are busy."""
+    if self.stopped:
+      return Outcome("not started")
     began = time.monotonic()
     self.workdir.mkdir(parents=True, exist_ok=True)
     with (self.workdir / "log.txt").open("a+b") as file:
@@ -146,17 +148,16 @@ class Run:
       except BlockingIOError:
         error = f"Another process is running {self.workdir}. Wait for it."
         return Outcome("failed", error=error)
-      outcome = Outcome("not started")
-      while not self.stopped:
-        outcome = self._attempt(file, env)
-        busy = _BUSY.search(outcome.error or "")
-        if not busy:
-          break
+      outcome = self._attempt(file, env)
+      while busy := _BUSY.search(outcome.error or ""):
         # Runs of a grid share their activations: the first one harvests.
         log.info("%s waits: another run is writing %s", self.name, busy[1])
         while not self.stopped and _is_written(pathlib.Path(busy[1])):
           time.sleep(POLL_SECONDS)
-        outcome = Outcome("interrupted")
+        if self.stopped:
+          outcome = Outcome("interrupted")
+        else:
+          outcome = self._attempt(file, env)
     seconds = time.monotonic() - began
     return dataclasses.replace(outcome, seconds=seconds)
 
@@ -193,6 +194,7 @@ class Run:
     return Outcome("failed", error=error)
 
   def start(self, **options) -> subprocess.Popen:
+    """The process; `options` are those of Popen."""
     return subprocess.Popen(self.command, **options)
 
 

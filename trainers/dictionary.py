@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from gemma_jax import activations, data, dictionaries, metrics, models
+from gemma_jax import dictionaries, metrics, models
 from gemma_jax.dictionaries import evaluate, linear
 from gemma_jax.report import dictionary as report
 from gemma_jax.report import sweep as sweep_report
-from trainers import dictionary_task, fields, loop
+from trainers import dictionary_task, fields, loop, stores
 from trainers.dictionary_cost import plan
 from trainers.dictionary_plan import Plan, prepare
 
@@ -84,17 +84,31 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   # ------------------------------------------------------- text and tokens
   directory = models.resolve(config["model"]["name"])
   p = prepare(config, models.read_config(directory))
-  streams = _windows(p, models.load_tokenizer(directory))
+  streams = stores.windows(p.config["data"], directory, p.model)
   # ----------------------------------------------------------- activations
-  stores = _harvest(p, directory, streams)
+  stored = stores.harvest(
+    streams,
+    directory,
+    p.stored,
+    p.config["activations"],
+    mesh=p.mesh,
+    dtype=p.dtype,
+    depth=p.depth,
+  )
+  got = len(stored["train"])
+  if got < p.batch_size:
+    raise ValueError(
+      f"The train side of the corpus has {got} tokens, fewer than one batch "
+      f"of {p.batch_size}. Give more text or a smaller batch."
+    )
   heldout = streams["heldout"].collect()
   # -------------------------------------------------------------- training
   cfg = p.dictionary
-  moments, ridge = linear.fit(stores["train"], cfg.read, cfg.write)
+  moments, ridge = linear.fit(stored["train"], cfg.read, cfg.write)
   fields.claim(workdir, config)
   log.info("%s", dictionary_task.describe(p))
   state = loop.train(
-    dictionary_task.make(p, stores["train"], moments, ridge),
+    dictionary_task.make(p, stored["train"], moments, ridge),
     workdir,
     mesh=p.train_mesh,
     batch_size=p.batch_size,
@@ -115,14 +129,14 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   tokens = config["train"]["steps"] * p.batch_size
   # GPUs would otherwise round the factors of float32 products to TF32.
   with jax.default_matmul_precision("highest"):
-    trained = dictionary_task.finish(p, state, stores["heldout"])
+    trained = dictionary_task.finish(p, state, stored["heldout"])
     del state
     for member, dictionary, _ in trained:
-      dictionary.save(_place(workdir, member) / "dictionary")
+      dictionary.save(place(workdir, member.name) / "dictionary")
     measured = [
       evaluate.evaluate(
         dictionary,
-        stores["heldout"],
+        stored["heldout"],
         ridge,
         moments.mean_y,
         top=max(16, config["eval"]["contexts"]),
@@ -155,9 +169,9 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     "sites": [cfg.read, cfg.write],
     **(members[0] if len(members) == 1 else {"members": members}),
     "tokens_train": tokens,
-    "tokens_train_distinct": min(len(stores["train"]), tokens),
-    "tokens_heldout": len(stores["heldout"]),
-    "tokens_per_second_harvest": stores["train"].tokens_per_second,
+    "tokens_train_distinct": min(len(stored["train"]), tokens),
+    "tokens_heldout": len(stored["heldout"]),
+    "tokens_per_second_harvest": stored["train"].tokens_per_second,
     "tokens_per_second_train": rows[-1]["tokens"] / rows[-1]["seconds"],
     "memory": loop.memory(),
     "dtypes": {
@@ -166,6 +180,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
       "metrics": "float32 values, float64 sums",
     },
     "seeds": {"train": config["seed"], "data": config["data"]["seed"]},
+    "stores": {name: str(store.path) for name, store in stored.items()},
     "definitions": evaluate.DEFINITIONS | SPLICE_DEFINITIONS,
     "versions": versions(),
   }
@@ -179,7 +194,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     shown = report.latents(
       dictionary,
       latents,
-      stores["heldout"],
+      stored["heldout"],
       heldout,
       model,
       count=config["eval"]["latents"],
@@ -199,83 +214,15 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   return results
 
 
-def _place(workdir: pathlib.Path, member) -> pathlib.Path:
+def place(workdir: pathlib.Path, member: str) -> pathlib.Path:
   """Where a member's dictionary goes: one alone into the workdir itself."""
-  return workdir / "members" / member.name if member.name else workdir
+  return workdir / "members" / member if member else workdir
 
 
 def _last(rows, name: str, member: int) -> float:
   """A metric of one member over the last log interval."""
   last = rows[-1]
   return last["members"][name][member] if "members" in last else last[name]
-
-
-def _windows(p: Plan, tokenizer) -> dict[str, data.WindowStream]:
-  """Token windows of both sides of the split."""
-  own = p.config["data"]
-  if tokenizer is None:
-    raise FileNotFoundError(
-      f"{p.config['model']['name']} has no tokenizer.json; text cannot be "
-      "tokenised. Put the model's tokenizer beside its weights."
-    )
-  sides = data.split(
-    data.load(own["corpus"]),
-    heldout_fraction=own["heldout_fraction"],
-    seed=own["seed"],
-  )
-  return {
-    name: data.WindowStream(
-      side,
-      tokenizer.backend_tokenizer,
-      seed=own["seed"],
-      max_tokens=own[f"{name}_tokens"],
-      bos_id=p.model.bos_id,
-      pad_id=p.model.pad_id,
-      special_ids=p.model.eos_ids,
-      **{
-        option: own[option]
-        for option in (
-          "context",
-          "packing",
-          "bos",
-          "stride",
-          "allocation",
-          "document_tokens",
-        )
-      },
-    )
-    for name, side in zip(("train", "heldout"), sides, strict=True)
-  }
-
-
-def _harvest(p: Plan, directory, streams):
-  """Both stores; the model is loaded only if one of them is incomplete."""
-  own = p.config["activations"]
-  capture = p.sites
-  stores, model = {}, None
-  for name, side in streams.items():
-    path = activations.store_path(
-      directory, side, capture, dtype=own["dtype"], compute_dtype=p.dtype
-    )
-    if not activations.is_complete(path) and model is None:
-      model = models.load_model(
-        directory, dtype=p.dtype, mesh=p.mesh, layers=p.depth
-      )
-    stores[name] = activations.harvest(
-      model,
-      side,
-      capture,
-      path,
-      batch_size=own["batch_size"],
-      dtype=own["dtype"],
-    )
-  got, batch = len(stores["train"]), p.batch_size
-  if got < batch:
-    raise ValueError(
-      f"The train side of the corpus has {got} tokens, fewer than one batch "
-      f"of {batch}. Give more text or a smaller batch."
-    )
-  return stores
 
 
 def _splice(p: Plan, model, trained, ridge, windows) -> list[dict[str, Any]]:

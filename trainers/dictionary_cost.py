@@ -78,7 +78,7 @@ def _step_flops(cfg, sparse) -> int:
 def _site_widths(p):
   """Of every site that is stored."""
   widths = {
-    name: defaults.of(p.model, (name,), (name,)).d_in for name in p.sites
+    name: defaults.of(p.model, (name,), (name,)).d_in for name in p.stored
   }
   return widths.values()
 

@@ -43,6 +43,7 @@ FIELDS = {
   "activations": {
     "read": SITES,  # sites of the input
     "write": SITES,  # sites to reconstruct
+    "also": OPTIONAL,  # sites to store besides, so that runs can share them
     "dtype": str,  # in the store
     "batch_size": (int, type(None)),  # windows at once; None: what fits
     "buffer_rows": int,  # tokens shuffled in memory
@@ -118,6 +119,7 @@ class Plan:
     members: all dictionaries.
     read: sites of the input.
     write: sites of the output.
+    also: sites that are stored besides.
     batch_size: tokens.
     mesh: of the model.
     train_mesh: of the training, over `AXES`.
@@ -130,6 +132,7 @@ class Plan:
   members: tuple[Member, ...]
   read: tuple[str, ...]
   write: tuple[str, ...]
+  also: tuple[str, ...]
   batch_size: int
   mesh: Mesh
   train_mesh: Mesh
@@ -137,8 +140,13 @@ class Plan:
 
   @property
   def sites(self) -> tuple[str, ...]:
-    """All sites that are harvested."""
+    """Those that are trained on."""
     return tuple(dict.fromkeys(self.read + self.write))
+
+  @property
+  def stored(self) -> tuple[str, ...]:
+    """All sites that are harvested, in the same order for any that train."""
+    return tuple(sorted({*self.sites, *self.also}))
 
   @property
   def dictionary(self) -> DictionaryConfig:
@@ -169,7 +177,7 @@ def prepare(
   track.check(config["track"] or ())
   model = model or models.describe(config["model"]["name"])
   acts, train = config["activations"], config["train"]
-  read, write = _sites(config, model)
+  read, write, also = _sites(config, model)
   if acts["dtype"] not in activations.DTYPES:
     raise ValueError(
       f"activations.dtype {acts['dtype']!r}; expected one of "
@@ -225,24 +233,26 @@ def prepare(
     members,
     read,
     write,
+    also,
     batch_size,
     mesh,
     train_mesh,
-    sites.last_layer((*read, *write), model),
+    sites.last_layer((*read, *write, *also), model),
   )
 
 
-def _sites(config, model) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """What is read and written, spelled out and checked."""
+def _sites(config, model) -> list[tuple[str, ...]]:
+  """What is read, written and stored besides, spelled out and checked."""
   layer, acts = config["layer"], config["activations"]
   found = []
-  for name in ("read", "write"):
-    given = (acts[name],) if isinstance(acts[name], str) else acts[name]
+  for name in ("read", "write", "also"):
+    given = acts[name] or ()
+    given = (given,) if isinstance(given, str) else given
     if layer is None and any("{layer}" in site for site in given):
       raise ValueError(f"activations.{name}={acts[name]!r} needs config.layer.")
     found.append(tuple(s.replace("{layer}", str(layer)) for s in given))
-  read, write = found
-  where = {site: sites.parse(site, model) for site in (*read, *write)}
+  read, write, also = found
+  where = {site: sites.parse(site, model) for site in (*read, *write, *also)}
   if any(site.layer is None for site in where.values()):
     raise ValueError("activations.read and .write name one layer each, not *.")
   order = sites.NAMES.index
@@ -259,7 +269,7 @@ def _sites(config, model) -> tuple[tuple[str, ...], tuple[str, ...]]:
       f"A crosscoder reads and writes the same sites; activations.read is "
       f"{list(read)}, activations.write {list(write)}."
     )
-  return read, write
+  return found
 
 
 def _recipe(config) -> Recipe:

@@ -68,7 +68,7 @@ def in_steps(recipe: Recipe, steps: int) -> Recipe:
   shares = {
     name: round(value * steps)
     for name in ("sparsity_warmup", "k_anneal")
-    if 0 < (value := getattr(recipe, name)) < 1
+    if 0 < (value := getattr(recipe, name)) <= 1
   }
   return dataclasses.replace(recipe, **shares)
 

@@ -74,7 +74,7 @@ class Location:
     text = os.fspath(where)
     scheme, separator, rest = text.partition("://")
     if not separator:
-      scheme, rest = "file", str(pathlib.Path(text).expanduser().absolute())
+      scheme, rest = "file", os.path.abspath(pathlib.Path(text).expanduser())
     if scheme not in SCHEMES:
       raise ValueError(
         f"{text}: expected a path, or a URL that starts with "

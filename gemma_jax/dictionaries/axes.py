@@ -2,9 +2,9 @@
 
 The training step runs under `shard_map`: rows are split over one mesh axis,
 latents over another, and every device differentiates its own part of the
-loss. Gradients of parameters are summed over rows afterwards (`gradients`);
-what crosses latents inside the loss goes through `join` and `spread`, whose
-derivatives keep every device's part its own.
+loss. Gradients of parameters are summed over rows afterwards; what crosses
+latents inside the loss goes through `join` and `spread`, whose derivatives keep
+every device's part its own.
 """
 
 import functools

@@ -19,6 +19,7 @@ from gemma_jax.dictionaries.axes import (
   Axes,
   gather,
   join,
+  largest,
   offset,
   size,
   spread,
@@ -28,7 +29,6 @@ from gemma_jax.dictionaries.config import SELECTING, DictionaryConfig
 from gemma_jax.dictionaries.jump import jump, step
 from gemma_jax.dictionaries.linear import Moments, Ridge
 from gemma_jax.dictionaries.recipe import Recipe
-from gemma_jax.dictionaries.selection import kth_largest
 
 COUNTING = ("l0", "target_l0", "target_l0_token")  # they train thresholds
 FAR = 2**30  # tokens; counts stop here, so that billions do not wrap around
@@ -565,7 +565,7 @@ def _sparse(cfg, recipe, params, seen, k, most: int = 1):
   else:
     found = pairs_lib.per_batch(ranked, k, most, axes)
   positive = jnp.where(found.value > 0, found.value, jnp.inf)
-  smallest = -_largest(-jnp.min(positive), axes.both)
+  smallest = -largest(-jnp.min(positive), axes.both)
   if recipe.rank_by_norm:
     found = found._replace(value=found.value / norms[found.latent])
   width = len(norms)
@@ -580,10 +580,6 @@ def _sparse(cfg, recipe, params, seen, k, most: int = 1):
     found,
   )
   return written, _Acts(None, pairs_lib.fired(found, width), smallest), z
-
-
-def _largest(x, axes):
-  return jax.lax.pmax(x, axes) if axes else x
 
 
 def _dtype(recipe):
@@ -604,11 +600,11 @@ def _dense(cfg, recipe, params, seen, k, most: int = 1):
       cut = pairs_lib.per_row(ranked, k, int(most), axes).cut
     else:
       keep = jnp.floor(k * seen.rows)
-      cut = kth_largest(ranked, keep, axes=axes.both)
+      cut = kthlargest(ranked, keep, axes=axes.both)
     kept = (ranked >= cut) & (ranked > 0)
     acts = jnp.where(kept, z, 0)
     smallest = jnp.min(jnp.where(kept, ranked, jnp.inf))
-    smallest = -_largest(-smallest, axes.both)
+    smallest = -largest(-smallest, axes.both)
   elif cfg.activation == "jumprelu":
     acts = jump(
       z, params["threshold"], recipe.bandwidth, recipe.gradient_to_input
@@ -783,7 +779,7 @@ def calibrate(
   z = pre_activations(params, x)
   if recipe.rank_by_norm:
     z = z * _norms(params["W_dec"])
-  cut = kth_largest(z, k * len(x))
+  cut = kthlargest(z, k * len(x))
   # Halfway to the largest that does not fire: rounding must not tip it.
   below = jnp.max(jnp.where(z < cut, z, 0))
   return (cut + jnp.maximum(below, 0)) / 2

@@ -74,12 +74,41 @@ class Dictionary:
     module.write(directory, self.config, params, self.provenance)
 
   def verify(
-    self, model: "Model", text: str | None = None, **options: Any
+    self,
+    model: "Model",
+    text: str | None = None,
+    *,
+    tokens=None,
+    mask=None,
+    max_tokens: int = 512,
+    context: int = 128,
   ) -> "Verified":
-    """Whether this model has what it was trained on; see `verify.verify`."""
+    """Measures L0 and FVU at its sites; see `verify.verify`.
+
+    Args:
+      model: to read the sites from.
+      text: to measure on; None takes some of Python's language reference.
+      tokens: int [B, T] instead of text.
+      mask: bool [B, T], False at padding of `tokens`.
+      max_tokens: of text, to measure.
+      context: positions per window of text, with BOS.
+
+    Raises:
+      WrongSiteError: it does not do there what its label says; names the
+        neighbouring sites where it does.
+      ValueError: the model has no such site, or one of another width.
+    """
     from gemma_jax.dictionaries import verify
 
-    return verify.verify(self, model, text, **options)
+    return verify.verify(
+      self,
+      model,
+      text,
+      tokens=tokens,
+      mask=mask,
+      max_tokens=max_tokens,
+      context=context,
+    )
 
 
 def load(

@@ -6,36 +6,49 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from gemma_jax import progress
+from gemma_jax import machine, progress
 from gemma_jax.activations import ActivationStore
-from gemma_jax.dictionaries import core, linear
-from gemma_jax.dictionaries.dictionary import Dictionary, encode
+from gemma_jax.dictionaries import linear
+from gemma_jax.dictionaries.dictionary import Dictionary, reconstruct_prefixes
 from gemma_jax.dictionaries.linear import Ridge
-from gemma_jax.metrics import RunningFVU
+from gemma_jax.metrics import (
+  RunningFVU,
+  RunningReconstruction,
+  definitions,
+  latents,
+)
 
-DEFINITIONS = {
-  "fvu": (
-    "sum |y - y_hat|^2 / sum |y - mean(y)|^2 over all held-out tokens, mean "
-    "over the same tokens, all latents."
-  ),
-  "fvu_prefixes": "The same with only the first n latents, for every prefix.",
-  "fvu_min": "Smallest of fvu_prefixes.",
-  "fvu_max": "Largest of fvu_prefixes.",
-  "fvu_mean_prefixes": "Mean of fvu_prefixes.",
-  "fvu_linear": (
-    "FVU of ridge regression from the same input, fitted on the training "
-    "tokens; its penalty chosen on a tenth of them."
-  ),
-  "fvu_mean": "FVU of predicting the held-out mean: 1 by definition.",
-  "fvu_train_mean": "FVU of predicting the training mean.",
-  "fvu_shuffled": (
-    "FVU of the reconstructions dealt to other tokens at random: a control "
-    "that must not be below 1."
-  ),
-  "l0": "Mean number of active latents per held-out token.",
-  "dead_fraction": "Share of latents that fire on no held-out token.",
-}
+DEFINITIONS = (
+  definitions.DEFINITIONS
+  | {n: v for n, v in latents.DEFINITIONS.items() if n != "density"}
+  | {
+    "fvu": (
+      "sum |y - y_hat|^2 / sum |y - mean(y)|^2 over all held-out tokens, mean "
+      "over the same tokens, all latents."
+    ),
+    "fvu_interval": "95 % bootstrap interval of fvu over documents.",
+    "fvu_prefixes": "The same with only the first n latents, every prefix.",
+    "fvu_min": "Smallest of fvu_prefixes.",
+    "fvu_max": "Largest of fvu_prefixes.",
+    "fvu_mean_prefixes": "Mean of fvu_prefixes.",
+    "fvu_linear": (
+      "FVU of ridge regression from the same input, fitted on the training "
+      "tokens; its penalty chosen on a tenth of them."
+    ),
+    "fvu_mean": "FVU of predicting the held-out mean: 1 by definition.",
+    "fvu_train_mean": "FVU of predicting the training mean.",
+    "fvu_shuffled": (
+      "FVU of the reconstructions dealt to other tokens at random: a control "
+      "that must not be below 1."
+    ),
+    "dead_fraction": "Share of latents that fire on no held-out token.",
+  }
+)
+MOST_ROWS = 2_048  # in one batch of a device
+SHARE = 0.8  # of the free memory that a batch may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +81,9 @@ def evaluate(
   ridge: Ridge,
   train_mean: np.ndarray,
   *,
-  batch_size: int = 2048,
+  batch_size: int | None = None,
   top: int = 16,
+  mesh: Mesh | None = None,
 ) -> tuple[dict, LatentStatistics, dict[str, np.ndarray]]:
   """One pass over a held-out store.
 
@@ -78,41 +92,45 @@ def evaluate(
     store: held-out activations.
     ridge: the linear baseline.
     train_mean: mean of the training targets, [E].
-    batch_size: rows at a time.
+    batch_size: rows at a time; None: what the devices' memory holds.
     top: contexts to remember for each latent.
+    mesh: over all of whose devices rows are split; None: one device.
 
   Returns:
     numbers (see `DEFINITIONS`), latents, and norms [N] of "input", "target",
     "reconstruction" and "error".
   """
-  cfg = dictionary.config
-  prefixes = [RunningFVU() for _ in cfg.prefix_widths]
+  cfg, count = dictionary.config, len(store)
+  if batch_size is None:
+    batch_size = fitting_rows(dictionary, mesh, top=top)
+  prefixes = [RunningFVU() for _ in cfg.prefix_widths[:-1]]
+  full, firing = RunningReconstruction(), latents.RunningLatents()
   affine, constant, shuffled = RunningFVU(), RunningFVU(), RunningFVU()
   rng = np.random.default_rng(0)
-  width = cfg.width
-  sums = {
-    "fired": np.zeros(width, np.int64),
-    "total": np.zeros(width),
-    "energy": np.zeros(width),
-  }
+  sums = {"total": np.zeros(cfg.width), "energy": np.zeros(cfg.width)}
   best = (
-    jnp.zeros((width, top), jnp.float32),
-    jnp.full((width, top), -1, jnp.int32),
+    jnp.zeros((cfg.width, top), jnp.float32),
+    jnp.full((cfg.width, top), -1, jnp.int32),
   )
   norms = {n: [] for n in ("input", "target", "reconstruction", "error")}
-  rows = len(store)
-  bar = progress.bar(rows, "evaluate", unit="tokens")
-  for start in range(0, rows, batch_size):
-    stop = min(start + batch_size, rows)
+  params = dictionary.params
+  if mesh is not None:
+    params, best = jax.device_put((params, best), NamedSharding(mesh, P()))
+  bar = progress.bar(count, "evaluate", unit="tokens")
+  for start in range(0, count, batch_size):
+    stop = min(start + batch_size, count)
     x = np.asarray(linear.rows(store, start, stop, cfg.read), np.float32)
     y = np.asarray(linear.rows(store, start, stop, cfg.write), np.float32)
-    recs, acts = _reconstruct(cfg, dictionary.params, x)
-    best = _merge(best, acts, start)
-    for name, part in _sums(acts, dictionary.params["W_dec"]).items():
+    recs, acts, found, best = _pass(
+      cfg, params, _put(x, mesh), best, np.int32(start)
+    )
+    for name, part in found.items():
       sums[name] += np.asarray(part)
+    firing.update(acts)
     recs = np.asarray(recs)
-    for running, rec in zip(prefixes, recs, strict=True):
+    for running, rec in zip(prefixes, recs[:-1], strict=True):
       running.update(y, rec)
+    full.update(y, recs[-1], store.read(start, stop, "document"))
     affine.update(y, ridge(x))
     constant.update(y, np.broadcast_to(train_mean.astype(np.float32), y.shape))
     shuffled.update(y, recs[-1][rng.permutation(len(y))])
@@ -121,13 +139,14 @@ def evaluate(
     norms["reconstruction"].append(np.linalg.norm(recs[-1], axis=-1))
     norms["error"].append(np.linalg.norm(y - recs[-1], axis=-1))
     bar.update(stop - start)
-    bar.set_postfix(fvu=f"{prefixes[-1].compute():.4f}", refresh=False)
+    if full.count > 1:
+      bar.set_postfix(fvu=f"{full.compute()['fvu']:.4f}", refresh=False)
   bar.close()
-  full = prefixes[-1]
-  by_prefix = [running.compute() for running in prefixes]
-  mean = _mean_predictor(store, cfg.write, full.mean, batch_size)
-  numbers = {
-    "fvu": full.compute(),
+  numbers = full.compute()
+  by_prefix = [*(p.compute() for p in prefixes), numbers["fvu"]]
+  interval = full.interval()
+  numbers |= {
+    "fvu_interval": None if interval is None else list(interval),
     "fvu_prefixes": dict(
       zip(map(str, cfg.prefix_widths), by_prefix, strict=True)
     ),
@@ -135,23 +154,70 @@ def evaluate(
     "fvu_max": max(by_prefix),
     "fvu_mean_prefixes": float(np.mean(by_prefix)),
     "fvu_linear": affine.compute(),
-    "fvu_mean": mean,
+    "fvu_mean": _mean_predictor(store, cfg.write, full.mean, batch_size),
     "fvu_train_mean": constant.compute(),
     "fvu_shuffled": shuffled.compute(),
-    "l0": float(sums["fired"].sum() / rows),
-    "dead_fraction": float(np.mean(sums["fired"] == 0)),
+    **{n: v for n, v in firing.compute().items() if n != "tokens"},
+    "decoder_coherence": latents.decoder_coherence(dictionary.params["W_dec"]),
   }
   values, where = map(np.asarray, best)
-  latents = LatentStatistics(
-    rows,
-    sums["fired"] / rows,
-    sums["total"] / np.maximum(sums["fired"], 1),
+  fired = np.rint(firing.density * count)
+  statistics = LatentStatistics(
+    count,
+    firing.density,
+    sums["total"] / np.maximum(fired, 1),
     values[:, 0],
     sums["energy"],
     np.where(values > 0, where, -1),
     values,
   )
-  return numbers, latents, {n: np.concatenate(v) for n, v in norms.items()}
+  return numbers, statistics, {n: np.concatenate(v) for n, v in norms.items()}
+
+
+def fitting_rows(
+  dictionary: Dictionary, mesh: Mesh | None = None, *, top: int = 16
+) -> int:
+  """Rows that surely fit a device: XLA's own account, nothing is tried.
+
+  Raises:
+    MemoryError: not even one row for each device fits.
+  """
+  cfg = dictionary.config
+  limit = SHARE * machine.device_memory()[1]
+  ways = 1 if mesh is None else mesh.size
+  rows = MOST_ROWS
+  f32 = jnp.float32
+  best = (
+    jax.ShapeDtypeStruct((cfg.width, top), f32),
+    jax.ShapeDtypeStruct((cfg.width, top), jnp.int32),
+  )
+  start = jax.ShapeDtypeStruct((), jnp.int32)
+  while True:
+    # Every device holds its share of the rows and all of the dictionary.
+    x = jax.ShapeDtypeStruct((rows, cfg.d_in), f32)
+    size = (
+      _pass.lower(cfg, dictionary.params, x, best, start)
+      .compile()
+      .memory_analysis()
+    )
+    need = size.temp_size_in_bytes + size.output_size_in_bytes
+    if need <= limit:
+      return rows * ways
+    if rows == 1:
+      raise MemoryError(
+        f"Evaluating one row of M = {cfg.width} needs {need / 2**30:.2f} GiB "
+        f"beside the dictionary, and {limit / 2**30:.2f} GiB are free."
+      )
+    rows //= 2
+
+
+def _put(x: np.ndarray, mesh: Mesh | None):
+  if mesh is None:
+    return x
+  even = len(x) % mesh.size == 0
+  return jax.device_put(
+    x, NamedSharding(mesh, P(mesh.axis_names if even else None))
+  )
 
 
 def _mean_predictor(store, site, mean, batch_size) -> float:
@@ -164,22 +230,17 @@ def _mean_predictor(store, site, mean, batch_size) -> float:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reconstruct(cfg, params, x):
-  acts = encode(cfg, params, x)
-  return jnp.stack(core.decode_prefixes(cfg, params, x, acts)), acts
-
-
-@jax.jit
-def _sums(acts, decoder):
-  squares = jnp.sum(acts * acts, axis=0) * jnp.sum(decoder * decoder, axis=1)
-  return {
-    "fired": jnp.sum(acts > 0, axis=0),
+def _pass(cfg, params, x, best, start):
+  """Reconstructions of every prefix, activations, their sums, the largest."""
+  acts, recs = reconstruct_prefixes(cfg, params, x)
+  norms = jnp.sum(params["W_dec"] ** 2, axis=1)
+  sums = {
     "total": jnp.sum(acts, axis=0),
-    "energy": squares,
+    "energy": jnp.sum(acts * acts, axis=0) * norms,
   }
+  return recs, acts, sums, _merge(best, acts, start)
 
 
-@jax.jit
 def _merge(best, acts, start):
   """The largest activations of every latent, so far and in this batch."""
   values, rows = best

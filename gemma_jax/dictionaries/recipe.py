@@ -224,7 +224,7 @@ _DEFAULT = {
 
 _ADAM = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}
 
-# SAELens 6.54.0: sae_lens/saes/{standard,gated,topk,batchtopk,
+# SAELens 6.54.12: sae_lens/saes/{standard,gated,topk,batchtopk,
 # matryoshka_batchtopk,jumprelu}_sae.py, training/{sae_trainer,optim}.py,
 # config.py. Not here: Matryoshka's optional aux-k for every level.
 _SAE_LENS = {
@@ -341,9 +341,10 @@ _MATRYOSHKA_SAE_TOPK = _MATRYOSHKA_SAE | {
 
 # eai-sparsify 1.3.3: sparse_coder.py, fused_encoder.py, trainer.py, config.py.
 # With multi_topk it has the weight 1/8, with auxk_alpha any. It differs in
-# that its fused encoder gets no gradient from these two terms, Multi-TopK
-# leaves out the skip, and the decay begins where the warm-up ends. Adam is one
-# of its optimisers; by default it follows signs, free of schedules, at 5e-3.
+# that its fused encoder gets no gradient of these two terms, that Multi-TopK
+# leaves out the skip and takes the 4 k for those that fire, and that the decay
+# begins where the warm-up ends. Adam is one of its optimisers; by default it
+# follows signs, free of schedules, at 5e-3 / sqrt(M / 2^14).
 _SPARSIFY = {
   **_ADAM,
   "normalise": "none",
@@ -455,7 +456,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     }
   },
   # Conerly et al. 2025 (transformer-circuits.pub, January update), in the
-  # form that SAELens 6.54.0 gives it: docs/training_saes.md.
+  # form that SAELens 6.54.12 gives it: docs/training_saes.md.
   "anthropic": {
     "jumprelu": _SAE_LENS_JUMPRELU
     | {

@@ -19,10 +19,14 @@ from gemma_jax.dictionaries.dictionary import Dictionary, reconstruct_prefixes
 from gemma_jax.metrics import RunningFVU
 from gemma_jax.models import Model, ModelConfig
 from gemma_jax.models import sites as sites_lib
+from gemma_jax.models.forward import check_tokens
+from gemma_jax.models.sites import Site
 
 ROWS = 128  # tokens encoded at a time
 SHOWN = 6  # candidates in an error
 TOPIC = 2000  # characters that a text of the standard library has at least
+# What transcoders read and write.
+OF_TRANSCODERS = ("resid_mid", "mlp_norm", "mlp_in"), ("mlp_raw", "mlp_out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +72,21 @@ class WrongSiteError(ValueError):
 
   def __init__(self, found: Verified, candidates: Iterable[Verified]):
     self.found = found
-    self.candidates = tuple(
-      sorted(candidates, key=lambda c: (not c.fits, _order(c.fvu)))
-    )
+    self.candidates = tuple(sorted(candidates, key=_rank))
     label = "no label" if found.label is None else f"label {found.label:g}"
-    fitting = [c for c in self.candidates if c.fits]
-    if fitting:
-      best = fitting[0]
+    best = next((c for c in self.candidates if c.fits), None)
+    if best is None:
+      advice = (
+        "It fits no neighbouring site. Is the model the one that it was "
+        "trained on? Was its input scaled, or its skip turned?"
+      )
+    else:
       site = repr(best.read)
       if best.write != best.read:
         site = f"({best.read!r}, {best.write!r})"
       advice = f"It fits {best}. Load it with site={site}."
-    else:
-      advice = (
-        "It fits no neighbouring site. Check that the model is the one that it "
-        "was trained on, and whether its input was scaled or its skip turned."
-      )
+    if found.fvu <= 1:
+      advice += " Or its label is wrong."
     tried = "; ".join(map(str, self.candidates[:SHOWN])) or "nothing"
     super().__init__(
       f"{found} ({label}) over {found.tokens} tokens. Expected an L0 within a "
@@ -92,8 +95,15 @@ class WrongSiteError(ValueError):
     )
 
 
-def _order(fvu):
-  return math.inf if math.isnan(fvu) else fvu
+def _rank(c: Verified):
+  """Those that fit first; by L0, in steps of half an octave; then by FVU.
+
+  Where a threshold is too low for the site, more latents make the FVU better.
+  """
+  off = 0
+  if c.label is not None and c.l0 > 0:
+    off = round(2 * abs(math.log2(c.l0 / c.label)))
+  return not c.fits, off, math.inf if math.isnan(c.fvu) else c.fvu
 
 
 def verify(
@@ -124,14 +134,21 @@ def verify(
     WrongSiteError: L0 is more than twice its label, or less than half of it;
       or FVU is above 1. Names the neighbouring sites that fit.
     ValueError: the dictionary has no site, or one that the model lacks or
-      whose width is another; no tokens to measure.
+      whose width is another; tokens that are not [B, T], or none to measure.
   """
   cfg = dictionary.config
   own = _places(cfg, model.config)
   if tokens is None:
     tokens, mask = _tokenise(dictionary, model, text, max_tokens, context)
   tokens = np.asarray(tokens)
-  valid = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask)
+  check_tokens(tokens)
+  valid = np.ones(tokens.shape, bool)
+  if mask is not None:
+    valid = np.asarray(mask).astype(bool)
+  if valid.shape != tokens.shape:
+    raise ValueError(
+      f"mask must be [B, T] as tokens are, {tokens.shape}; got {valid.shape}."
+    )
   # The first position draws attention and has a norm of its own, BOS or not.
   counted = valid & (np.cumsum(valid, axis=1) > 1)
   counted &= tokens != model.config.bos_id
@@ -143,7 +160,7 @@ def verify(
   (found,) = _measure(dictionary, model, tokens, valid, counted, [own])
   if found.fits:
     return found
-  others = [place for place in _neighbours(*own, cfg, model) if place != own]
+  others = [p for p in _neighbours(*own, cfg, model) if p != own]
   measured = _measure(dictionary, model, tokens, valid, counted, others)
   raise WrongSiteError(found, measured)
 
@@ -183,29 +200,28 @@ def _width(model: ModelConfig, name: str) -> int:
 
 
 def _neighbours(read, write, cfg, model: Model):
-  """Places with other names in the same layers, or the same in the next."""
-  names = sites_lib.names(model.config)
+  """Places of the same width, in the same layers and in those beside them."""
 
-  def renamed(place):
-    yield place
-    for name in names:
-      other = tuple(dataclasses.replace(s, name=name) for s in place)
+  def renamed(place, names, by):
+    for name in filter(known.__contains__, names):
+      other = tuple(Site(s.layer + by, name) for s in place)
       widths = [
-        [_width(model.config, site.name) for site in p] for p in (other, place)
+        [_width(model.config, s.name) for s in p] for p in (other, place)
       ]
-      if widths[0] == widths[1] and other != place:
+      if widths[0] == widths[1] and all(s.layer in loaded for s in other):
         yield other
 
-  def moved(place, by):
-    return tuple(dataclasses.replace(s, layer=s.layer + by) for s in place)
-
-  if cfg.is_transcoder:
-    places = list(itertools.product(renamed(read), renamed(write)))
-  else:
-    places = [(place, place) for place in renamed(read)]
-  places += [(moved(read, by), moved(write, by)) for by in (-1, 1)]
-  inside = range(model.num_loaded)
-  return [p for p in places if all(s.layer in inside for s in (*p[0], *p[1]))]
+  loaded = range(model.num_loaded)
+  known = sites_lib.names(model.config)
+  for by in (0, -1, 1):
+    if cfg.is_transcoder:
+      reads, writes = known, known
+    else:
+      yield from ((place, place) for place in renamed(read, known, by))
+      reads, writes = OF_TRANSCODERS  # whose files look the same
+    yield from itertools.product(
+      renamed(read, reads, by), renamed(write, writes, by)
+    )
 
 
 def _measure(dictionary, model, tokens, valid, counted, places):
@@ -225,10 +241,9 @@ def _measure(dictionary, model, tokens, valid, counted, places):
     return np.concatenate([rows[str(site)] for site in place], axis=-1)
 
   out, cfg = [], dictionary.config
-  # What is read together is reconstructed once.
-  for read, group in itertools.groupby(places, lambda place: place[0]):
+  for read in dict.fromkeys(place[0] for place in places):
     rec, l0 = _reconstruct(dictionary, joined(read))
-    for _, write in group:
+    for write in dict.fromkeys(w for r, w in places if r == read):
       fvu = math.nan
       if np.isfinite(rec).all():
         fvu = RunningFVU().update(joined(write), rec).compute()
@@ -261,17 +276,19 @@ def _tokenise(dictionary, model, text, max_tokens, context):
   bos = "none" if metadata.get("prepend_bos") is False else "window"
   if text is None:
     documents = [
-      Document(text, "reference", topic, topic)
-      for topic, text in reference()
-      if len(text) >= TOPIC
+      Document(topic_text, "reference", topic, topic)
+      for topic, topic_text in reference()
+      if len(topic_text) >= TOPIC
     ]
   else:
     documents = [Document(text, "text", "text", "text")]
+  context = min(context, model.config.max_context)
   windows = make_windows(
     documents,
     model.tokenizer.backend_tokenizer,
-    context=min(context, model.config.max_context),
+    context=context,
     max_tokens=max_tokens,
+    document_tokens=context - 1 if text is None else None,
     bos_id=model.config.bos_id,
     pad_id=model.config.pad_id,
     packing="document",

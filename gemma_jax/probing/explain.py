@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
-import scipy.special
 
-from gemma_jax.probing import logistic
+from gemma_jax.probing import logistic, rules
 from gemma_jax.probing.labels import Labels
 from gemma_jax.probing.random import random_latents
 from gemma_jax.probing.sparse import check_latents
@@ -118,12 +117,9 @@ def explain_latents(
 
   The sample of each half of the documents is the latent's `top` largest
   activations there, and as many tokens on which it is silent, at random.
-  The first rule that holds decides. Rules are put in front of the others while
-  they shorten the code of the first half's sample, and taken out again where
-  that shortens it: what each rule decides, and what none does, is coded by
-  the adaptive Laplace code, log2((n + 1) binom(n, fired)) bits; a rule costs
-  the choice of its kind and of its value among those in the data, and one bit
-  to go on. (Two-part code: Rissanen 1978.)
+  The rules are those of `rules.learn` on the first half's sample; one costs
+  the choice of its kind, of its value among those in the data, and one bit to
+  go on.
 
   Args:
     latents: activations [R, M], CSR; firing is > 0.
@@ -158,7 +154,7 @@ def explain_latents(
   second = split(documents, fraction=0.5, seed=seed)
   rng = np.random.default_rng((seed, 1))
   columns = latents.tocsc()
-  scores, rules = np.full((3, len(chosen)), np.nan), []
+  scores, found = np.full((3, len(chosen)), np.nan), []
   for i, j in enumerate(chosen):
     span = slice(*columns.indptr[j : j + 2])
     where, acts = columns.indices[span], columns.data[span]
@@ -167,20 +163,20 @@ def explain_latents(
       _sample(where, acts, half, top, rng) for half in (~second, second)
     ]
     if any(y.sum() < minimum or y.all() for _, y in samples):
-      rules.append(())
+      found.append(())
       continue
     (fit_rows, fit_y), (test_rows, test_y) = samples
-    learned, rest = _learn(codes[:, fit_rows], fit_y, cost, max_rules)
-    p = _predict(codes[:, test_rows], learned, rest)
+    learned, rest = rules.learn(codes[:, fit_rows], fit_y, cost, max_rules)
+    p = rules.predict(codes[:, test_rows], learned, rest)
     spent = sum(cost[c] for c, *_ in learned) + 1
     base = (fit_y.sum() + 1) / (len(fit_y) + 2)
     scores[:, i] = (
       logistic.auc(p, test_y),
-      (spent + _bits(p, test_y)) / len(test_y),
-      _bits(np.full(len(test_y), base), test_y) / len(test_y),
+      (spent + rules.bits(p, test_y)) / len(test_y),
+      rules.bits(np.full(len(test_y), base), test_y) / len(test_y),
     )
-    rules.append(tuple(Rule(names[c], *r) for c, *r in learned))
-  return Explained(*scores, tuple(rules))
+    found.append(tuple(Rule(names[c], *r) for c, *r in learned))
+  return Explained(*scores, tuple(found))
 
 
 def explain_with_baselines(
@@ -238,80 +234,3 @@ def _sample(where, acts, half, top, rng):
   )
   y = np.arange(len(firing) + len(others)) < len(firing)
   return np.concatenate([firing, others]), y
-
-
-def _code_length(fired, silent):
-  """Bits of the adaptive Laplace code of so many ones and zeros."""
-  n = fired + silent
-  log = scipy.special.gammaln
-  return (log(n + 2) - log(fired + 1) - log(silent + 1)) / np.log(2)
-
-
-def _learn(codes, y, cost, max_rules):
-  """[(kind, value, fired, silent)], and the counts of what no rule decides."""
-  rules = []  # (kind, value), the first that holds decides
-  while len(rules) < max_rules:
-    cells = _cells(codes, rules)
-    fired, silent = _counts(cells, y, len(rules) + 1)
-    whole = _code_length(fired, silent).sum()
-    best, found = 0.0, None
-    for c, code in enumerate(codes):
-      ok = code >= 0
-      values, at = np.unique(code[ok], return_inverse=True)
-      if not len(values):
-        continue
-      # What each value would take out of each cell.
-      shape = len(fired), len(values)
-      flat = np.ravel_multi_index((cells[ok], at), shape)
-      ones, zeros = (
-        n.reshape(shape) for n in _counts(flat, y[ok], np.prod(shape))
-      )
-      left = _code_length(fired[:, None] - ones, silent[:, None] - zeros)
-      taken = _code_length(ones.sum(0), zeros.sum(0))
-      gain = whole - left.sum(0) - taken - cost[c]
-      if gain.max() > best:
-        best, found = gain.max(), (c, int(values[gain.argmax()]))
-    if found is None:
-      break
-    rules.insert(0, found)
-  rules = _prune(codes, y, cost, rules)
-  counts = _counts(_cells(codes, rules), y, len(rules) + 1)
-  rest, *decided = zip(*(n.astype(int).tolist() for n in counts), strict=True)
-  return [(*r, *n) for r, n in zip(rules, decided, strict=True)], rest
-
-
-def _prune(codes, y, cost, rules):
-  def length(rules):
-    counts = _counts(_cells(codes, rules), y, len(rules) + 1)
-    return _code_length(*counts).sum() + sum(cost[c] for c, _ in rules)
-
-  while rules:
-    fewer = [rules[:i] + rules[i + 1 :] for i in range(len(rules))]
-    shortest = min(fewer, key=length)
-    if length(shortest) >= length(rules):
-      break
-    rules = shortest
-  return rules
-
-
-def _cells(codes, rules):
-  """1 + the number of the rule that decides, 0 for none; int [n]."""
-  out = np.zeros(codes.shape[1], np.int64)
-  for i, (c, value) in reversed(list(enumerate(rules))):
-    out[codes[c] == value] = i + 1
-  return out
-
-
-def _counts(cells, y, size):
-  return np.bincount(cells, y, size), np.bincount(cells, ~y, size)
-
-
-def _predict(codes, learned, rest):
-  cells = _cells(codes, [(c, value) for c, value, *_ in learned])
-  counts = np.array([rest, *((n, m) for *_, n, m in learned)])
-  p = (counts[:, 0] + 1) / (counts.sum(1) + 2)
-  return p[cells]
-
-
-def _bits(p, y) -> float:
-  return float(-np.sum(np.log2(np.where(y, p, 1 - p))))

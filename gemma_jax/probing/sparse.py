@@ -86,6 +86,7 @@ def probe(
       no task with enough rows of both classes.
     FloatingPointError: latents or activations that are not finite.
   """
+  documents = np.asarray(documents)
   rows = check_latents(latents, len(documents))
   if min(ks) < 1 or max(ks) > latents.shape[1]:
     raise ValueError(

@@ -44,7 +44,7 @@ def write(
     workdir: of the run.
     results: contents of results.json, with `members`.
     config: resolved, as plain dicts.
-    metrics: rows of metrics.jsonl.
+    metrics: rows of metrics.jsonl; empty where nothing was trained.
   """
   members = results["members"]
   scalars = [
@@ -62,11 +62,22 @@ def write(
     "L0 against FVU and delta CE, held-out": pareto(
       members, folder / "pareto.png"
     ),
-    "Training, mean over the members": plots.training_curves(
-      metrics, folder / "training.png"
-    ),
   }
+  if metrics:
+    pictures["Training, mean over the members"] = plots.training_curves(
+      metrics, folder / "training.png"
+    )
   best = min(members, key=lambda m: m["fvu"])
+  summary = [("Smallest FVU", best["fvu"], f"held-out; {best['name']}")]
+  if "tokens_train" in results:
+    rate = results["tokens_per_second_train"]
+    summary.append(
+      (
+        "Tokens",
+        f"{results['tokens_train']:,}",
+        f"trained on, at {rate:,.0f} per second for all members",
+      )
+    )
   return write_page(
     workdir / "report.html",
     title=f"{len(members)} dictionaries of {results['model']}: "
@@ -75,13 +86,5 @@ def write(
     config=dict(config),
     plots={name: path for name, path in pictures.items() if path},
     latents=[],
-    summary=[
-      ("Smallest FVU", best["fvu"], f"held-out; {best['name']}"),
-      (
-        "Tokens",
-        f"{results['tokens_train']:,}",
-        f"trained on, at {results['tokens_per_second_train']:,.0f} per second "
-        "for all members",
-      ),
-    ],
+    summary=summary,
   )

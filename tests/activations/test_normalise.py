@@ -77,7 +77,7 @@ def test_each_kind_has_the_size_that_it_promises():
 def test_cheap_kinds_stay_cheap():
   shapes = {k: fit(make_measured(make_rows()), k).map.shape for k in KINDS}
   assert shapes == {
-    **dict.fromkeys(("none", "mean_square", "mean_norm", "scale"), ()),
+    **dict.fromkeys(KINDS[:5], ()),
     "standardise": (D,),
     **dict.fromkeys(WHITENING, (D, D)),
   }
@@ -225,7 +225,7 @@ def test_a_normalisation_is_a_pytree_that_programs_take():
 @pytest.mark.parametrize(
   ("kind", "options", "message"),
   [
-    ("l2", {}, "'l2'; expected one of none, mean_square, mean_norm, scale"),
+    ("l2", {}, "'l2'; expected one of none, mean_square, mean_norm, unit"),
     ("pca", {}, "needs the covariance.*covariance=True"),
     ("mean_norm", {}, "needs the mean norm"),
     ("zca", {"power": 1.5}, r"power=1\.5; expected 0"),
@@ -248,7 +248,7 @@ def test_sites_without_anything_to_scale_are_refused():
   for kind in CENTRED:
     with pytest.raises(ValueError, match="constant over the rows"):
       fit(make_measured(x), kind)
-  for kind in ("mean_square", "mean_norm"):
+  for kind in ("mean_square", "mean_norm", "unit_square"):
     assert np.isfinite(fit(make_measured(x), kind).map)
     with pytest.raises(ValueError, match="Every activation is zero"):
       fit(make_measured(0 * x), kind)
@@ -257,8 +257,8 @@ def test_sites_without_anything_to_scale_are_refused():
 def test_a_config_with_another_kind_is_refused_before_any_work():
   config = gemma2b_transcoder.get_config("smoke").to_dict()
   for kind in KINDS:
-    config["train"]["normalise"] = kind
+    config["recipe"]["normalise"] = kind
     dictionary_plan.prepare(config)
-  config["train"]["normalise"] = "l2"
-  with pytest.raises(ValueError, match=r"train\.normalise 'l2'; .*none, mean"):
+  config["recipe"]["normalise"] = "l2"
+  with pytest.raises(ValueError, match=r"recipe\.normalise 'l2'; .*none, mean"):
     dictionary_plan.prepare(config)

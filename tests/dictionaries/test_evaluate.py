@@ -4,10 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_jax import machine, models
 from gemma_jax.activations import ActivationStore, Writer
 from gemma_jax.activations.store import LABELS
 from gemma_jax.dictionaries import Dictionary, DictionaryConfig, linear
-from gemma_jax.dictionaries.evaluate import DEFINITIONS, evaluate
+from gemma_jax.dictionaries.evaluate import (
+  DEFINITIONS,
+  evaluate,
+  fitting_rows,
+)
 
 READ, WRITE = "blocks.1.mlp_in", "blocks.1.mlp_out"
 D, E, M, N, TOP = 6, 5, 16, 300, 8
@@ -178,9 +183,13 @@ def test_every_number_has_its_definition(case):
 @pytest.mark.parametrize("batch_size", [1, 7, N, 10_000])
 def test_the_size_of_the_batches_changes_no_number(case, batch_size):
   numbers, latents, _ = evaluate(*case["args"], batch_size=batch_size, top=TOP)
+  # Dealt within batches, and those that are about batches by definition.
+  depend = {"fvu_shuffled", "fvu_batch", "ev_legacy", "relative_bias"}
   for name, value in case["got"][0].items():
-    if name != "fvu_shuffled":  # dealt within batches
-      assert numbers[name] == pytest.approx(value, rel=1e-5)
+    if name in ("l0_percentiles", "density_histogram"):
+      assert numbers[name] == value
+    elif name not in depend:
+      assert numbers[name] == pytest.approx(value, rel=1e-5), name
   np.testing.assert_array_equal(latents.top_rows, case["got"][1].top_rows)
 
 
@@ -189,3 +198,33 @@ def test_more_contexts_than_tokens_are_filled_with_minus_one(case):
   assert latents.top_rows.shape == (M, N + 50)
   assert (latents.top_rows[1] >= 0).sum() == N
   assert (latents.top_rows[0] == -1).all()
+
+
+@pytest.mark.parametrize("batch_size", [64, None])
+def test_all_devices_give_the_numbers_of_one(case, batch_size):
+  mesh = models.make_mesh({"data": 8})
+  numbers, latents, _ = evaluate(
+    *case["args"], batch_size=batch_size, top=TOP, mesh=mesh
+  )
+  one, alone, _ = case["got"]
+  for name in ("fvu", "l0", "dead_fraction", "nmse0", "decoder_coherence"):
+    assert numbers[name] == pytest.approx(one[name], rel=1e-5)
+  assert numbers["fvu_prefixes"] == pytest.approx(one["fvu_prefixes"], rel=1e-5)
+  np.testing.assert_array_equal(latents.top_rows, alone.top_rows)
+
+
+def test_the_batch_that_fits_shrinks_with_the_memory(case, monkeypatch):
+  found = []
+  for free in (1e9, 3e5):
+    monkeypatch.setattr(machine, "device_memory", lambda free=free: (1, free))
+    found.append(fitting_rows(case["args"][0]))
+  assert found[0] == 2048
+  assert 0 < found[1] < 2048
+  monkeypatch.setattr(machine, "device_memory", lambda: (1, 100))
+  with pytest.raises(MemoryError, match="M = 16 needs"):
+    fitting_rows(case["args"][0])
+
+
+def test_the_interval_is_over_documents_and_holds_the_number(case):
+  low, high = case["got"][0]["fvu_interval"]
+  assert low < case["got"][0]["fvu"] < high

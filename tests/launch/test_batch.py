@@ -215,6 +215,7 @@ def test_a_stopped_batch_saves_its_runs_and_goes_on(number, toy, tmp_path):
   assert "resume with the same command" in out
   assert len(list(where.glob("*/saved"))) == 2
   assert starts(where) == {"x=1": 1, "x=2": 1}
+  assert not (where / "x=3").exists()
   before = list(summary(where).values())
   statuses = [row["status"] for row in before]
   assert statuses == ["interrupted"] * 2 + ["not started"] * 2

@@ -90,7 +90,7 @@ def test_as_many_runs_go_at_once_as_there_are_environments(make):
     "open('results.json', 'w').write(json.dumps(row))"
   )
   runs = [make(code, f"run{i}") for i in range(4)]
-  env = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
+  env = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1", "JAX_PLATFORMS": ""}
   ended = dict(schedule.go(runs, schedule.environments(2, 1, env)))
   assert {outcome.status for outcome in ended.values()} == {"finished"}
   rows = [json.loads((r.workdir / "results.json").read_text()) for r in runs]
@@ -143,7 +143,8 @@ def test_two_processes_never_run_in_one_workdir(make):
   assert make(DONE)().status == "finished"
 
 
-def test_a_run_waits_for_a_store_that_another_writes(make, tmp_path):
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_run_waits_for_a_store_that_another_writes(stops, make, tmp_path):
   part = Location(tmp_path / "store/parts/00000")
   held = claim.lock(part)
   # As `launch.run` says it, in the words of the claim.
@@ -161,10 +162,11 @@ def test_a_run_waits_for_a_store_that_another_writes(make, tmp_path):
   wait_for((run.workdir / "tries").exists)
   time.sleep(1)
   assert thread.is_alive()
-  held()
+  run.stop() if stops else held()
   thread.join(30)
-  assert ended[0].status == "finished"
-  assert (run.workdir / "tries").read_text() == ".."
+  held()
+  assert ended[0].status == ("interrupted" if stops else "finished")
+  assert (run.workdir / "tries").read_text() == ("." if stops else "..")
 
 
 def test_the_claims_words_are_recognised():

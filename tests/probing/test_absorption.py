@@ -100,6 +100,48 @@ def test_partial_absorption_has_a_fraction_and_is_not_full():
   np.testing.assert_array_equal(found.fraction[1:LETTERS], 0)
 
 
+@pytest.mark.parametrize(
+  ("others", "main", "total", "expected"),
+  [
+    (0.5, 0.5, 1.0, 0.5),
+    (0.9, 0.3, 1.0, 0.7),  # no more than the main latents leave
+    (0.45, 0.3, 1.0, 0.6),  # noise has the rest
+    (0.39, 0.3, 1.0, 0.0),  # too little
+    (0.9, 1.0, 1.0, 0.0),  # the main latents give it all
+    (0.5, 0.0, 1.0, 1.0),
+    (0.5, -0.2, 1.0, 1.0),
+    (0.5, 0.0, -1.0, 0.0),  # the probe says no
+  ],
+)
+def test_the_fraction_of_a_word(others, main, total, expected):
+  got = absorption._fraction(others, main, total, 0.4)
+  assert got == pytest.approx(expected)
+
+
+def test_words_that_the_probe_gets_wrong_do_not_count():
+  planted = Planted()
+  wrong = np.arange(6)  # speak for a, and are said to be b's
+  planted.letters[wrong] = 1
+  found = planted.measure()
+  tested = absorption.split(planted.groups, fraction=0.5, seed=0)
+  assert tested[wrong].any()
+  expected = tested & (planted.letters == 1)
+  expected[wrong] = False
+  assert found.words[1] == expected.sum()
+  assert found.probe_f1[1] < 1
+
+
+def test_a_letter_without_a_latent_is_left_out():
+  planted = Planted()
+  z = planted.latents.toarray()
+  z[planted.letters == 2] = 0
+  found = planted.measure(latents=scipy.sparse.csr_matrix(z))
+  assert np.isnan(found.full[2])
+  assert "no latent is more active" in found.dropped["c"]
+  assert list(found.main) == ["a", "b", "d"]
+  assert found.mean_full == 0
+
+
 def test_a_letter_split_in_two_latents_is_not_absorbed():
   found = Planted(split=1).measure()
   last = 2 * LETTERS * WORDS + LETTERS

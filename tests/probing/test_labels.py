@@ -107,6 +107,13 @@ def test_word_starts_are_those_of_a_regular_expression(tokenizer):
     assert text[a:b].strip()[0].lower() == letters.classes[letters.values[0, i]]
 
 
+def test_a_word_that_starts_with_half_a_character_is_undecided(smollm2):
+  got = _classes(smollm2, "The Привет", "starts_word")
+  half = [c for piece, c in got if piece == " \N{REPLACEMENT CHARACTER}"]
+  assert half == [None]
+  assert [c for _, c in got[2:]] == ["no"] * (len(got) - 2)
+
+
 def test_bracket_depth_is_that_of_a_counter(tokenizer):
   text = ") a (b [c {d}] e) f)) g ((h\ni" + pydoc_data.topics.topics["lambda"]
   ids = _ids(tokenizer, text)

@@ -75,6 +75,17 @@ def test_two_latents_are_needed_where_the_label_is_in_two():
   assert found.scores["latents_k2"]["balanced_accuracy"][0] == 1
 
 
+def test_a_latent_that_fires_everywhere_else_will_do():
+  rng = np.random.default_rng(9)
+  y = rng.random(2_000) < 0.3
+  z = _with(_noise(rng, 2_000, 30), {11: 1.0 * ~y})
+  found = sparse.probe(
+    z, {"d": Labels(y.astype(int), NO_YES)}, _documents(2_000)
+  )
+  assert found.latents[1].tolist() == [[11]]
+  assert found.scores["latents_k1"]["auc"][0] == 1
+
+
 def test_selection_takes_the_largest_difference_of_means():
   rng = np.random.default_rng(3)
   z = _noise(rng, 500, 20, 0.3)

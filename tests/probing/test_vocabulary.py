@@ -72,3 +72,13 @@ def test_a_metaspace_vocabulary_is_read():
   )
   pieces = vocabulary.token_bytes(llama, [0, 1, 2])
   assert pieces == [b" He", b"llo", b"\n"]
+
+
+def test_an_added_token_of_a_byte_level_vocabulary_is_itself():
+  model = tokenizers.models.BPE({"Ġa": 0, "Ċ": 1}, [])
+  bpe = tokenizers.Tokenizer(model)
+  bpe.decoder = tokenizers.decoders.ByteLevel()
+  bpe.add_tokens(["x y"])
+  bpe.add_special_tokens(["<end>"])
+  pieces = vocabulary.token_bytes(bpe, range(4))
+  assert pieces == [b" a", b"\n", b"x y", None]

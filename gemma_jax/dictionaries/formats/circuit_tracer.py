@@ -35,7 +35,8 @@ LAYOUT = {
 CONVENTION = Convention(
   NAME,
   "config.yaml; circuit-tracer 196e2ce, transcoder/single_layer_transcoder.py",
-  note="circuit-tracer sets latents of a text's first position to 0",
+  note="circuit-tracer sets latents of a text's first position to 0, and keeps "
+  "negative ones among the k of its top-k, which are 0 here",
 )
 
 

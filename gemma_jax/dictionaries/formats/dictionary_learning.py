@@ -2,7 +2,8 @@
 
 Classes and keys: dictionary_learning 0.1.0, dictionary.py and
 trainers/{top_k,batch_top_k,matryoshka_batch_top_k}.py. Torch reads the file,
-with `weights_only`; it is needed for nothing else.
+with `weights_only`; it is needed for nothing else. Latents keep the scale of
+the file: the library's own loader of AutoEncoder makes decoder rows unit-norm.
 """
 
 import math
@@ -99,7 +100,7 @@ def read(path: pathlib.Path, site=None) -> Loaded:
   if kind not in CLASSES:
     raise ValueError(
       f"{cfg_file}: dict_class {kind!r} is not supported; expected one of "
-      f"{', '.join(CLASSES)}."
+      f"{', '.join(CLASSES)}. Others run in dictionary_learning alone."
     )
   activation, layout = CLASSES[kind]
   known = {

@@ -165,7 +165,8 @@ def _architecture(file, cfg):
   if name not in ARCHITECTURES:
     raise ValueError(
       f"{file}: architecture {name!r} is not supported; expected one of "
-      f"{', '.join(ARCHITECTURES)}."
+      f"{', '.join(ARCHITECTURES)}. Others run in SAELens alone: load another "
+      "release."
     )
   return ARCHITECTURES[name]
 

@@ -15,10 +15,10 @@ from tests.dictionaries.formats.files import (
   K,
   M,
   inputs,
-  sae_lens_formula,
   weights,
   wide,
 )
+from tests.dictionaries.formats.sae_lens_files import sae_lens_formula
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -1,110 +1,37 @@
-"""Every format's own layout and formulas, and our sites of its hooks."""
+"""Our sites and labels of what every format says."""
 
 import json
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from gemma_jax import dictionaries
-from gemma_jax.dictionaries import formats
 from gemma_jax.dictionaries.formats import hooks
+from gemma_jax.models.sites import NAMES
+from tests.dictionaries.formats.cases import CASES
+from tests.dictionaries.formats.circuit_tracer_files import circuit_tracer
 from tests.dictionaries.formats.files import (
-  CASES,
-  GS2_HOOKS,
   D,
   K,
   M,
-  circuit_tracer,
-  gemma_scope,
-  gemma_scope_2,
-  inputs,
-  sae_lens,
-  sae_lens_config,
-  sparsify,
   write_json,
 )
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-# The skips that no shape can tell from their transpose.
-TURNABLE = (
-  "gemma_scope_2-affine",
-  "gemma_scope_2-crosscoder_affine",
-  "sae_lens-skip_transcoder",
-  "sae_lens-jumprelu_skip_transcoder",
-  "sparsify-skip_transcoder",
-  "circuit_tracer-skip",
+from tests.dictionaries.formats.gemma_files import (
+  GS2_HOOKS,
+  gemma_scope,
+  gemma_scope_2,
 )
-
-
-def marked(name):
-  torch = name.startswith("dictionary_learning")
-  return pytest.param(name, marks=pytest.mark.torch if torch else ())
-
-
-EVERY = [marked(name) for name in CASES]
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_latents_and_output_are_those_of_the_formats_formula(name, tmp_path):
-  made = CASES[name](tmp_path)
-  d = dictionaries.load(made.path, site=made.site)
-  assert d.provenance["format"] == name.split("-")[0]
-  x = inputs(width=d.config.d_in)
-  acts, y = made.formula(x)
-  # Enough latents are on and off for the comparison to tell.
-  assert 0.02 < (acts > 0).mean() < 0.9
-  np.testing.assert_allclose(d.encode(x), acts, atol=2e-5)
-  np.testing.assert_allclose(d.reconstruct(x), y, atol=5e-5)
-
-
-@pytest.mark.parametrize("name", TURNABLE)
-def test_a_square_skip_is_not_turned(name, tmp_path):
-  made = CASES[name](tmp_path)
-  d = dictionaries.load(made.path)
-  skip = d.params["W_skip"]
-  turned = dictionaries.Dictionary(d.config, {**d.params, "W_skip": skip.T})
-  x = inputs(width=d.config.d_in)
-  _, y = made.formula(x)
-  assert np.abs(d.reconstruct(x) - y).max() < 5e-5
-  assert np.abs(turned.reconstruct(x) - y).max() > 1
-  # Where the file's own matrix is applied turned, ours is its transpose.
-  assert d.provenance["convention"]["skip"] == (
-    "x @ A" if name.startswith("gemma_scope_2") else "x @ A.T"
-  )
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_a_loaded_dictionary_is_saved_with_where_it_came_from(name, tmp_path):
-  made = CASES[name](tmp_path / "there")
-  d = dictionaries.load(made.path, site=made.site)
-  d.save(tmp_path / "ours")
-  again = dictionaries.load(tmp_path / "ours")
-  assert again.config == d.config
-  assert again.provenance == d.provenance
-  assert again.provenance["path"].startswith(str(made.path))
-  assert again.provenance["dtype"] == "float32"
-  assert set(again.provenance["convention"]) == {
-    "format",
-    "source",
-    "read",
-    "write",
-    "gain",
-    "subtracts_b_dec",
-    "input_scale",
-    "skip",
-    "note",
-  }
-  for key, x in d.params.items():
-    np.testing.assert_array_equal(again.params[key], x)
+from tests.dictionaries.formats.sae_lens_files import (
+  sae_lens,
+  sae_lens_config,
+)
+from tests.dictionaries.formats.sparsify_files import sparsify
 
 
 def convention(d):
   return d.provenance["convention"]
 
 
-# ---------------------------------------------------------------- our sites
 @pytest.mark.parametrize(
   ("kind", "read", "write", "gain"),
   [
@@ -196,6 +123,21 @@ def test_gemma_scope_2_takes_its_hook_strings_literally(
   assert hook == f"model.layers.7.{GS2_HOOKS[kind][0]}"
 
 
+def test_gemma_scope_2_without_its_config_needs_a_site(tmp_path):
+  path = gemma_scope_2(tmp_path, "transcoder", affine=True).path
+  (path / "config.json").unlink()
+  with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+    dictionaries.load(path)
+  hooks = [f"model.layers.9.{name}" for name in GS2_HOOKS["transcoder"]]
+  d = dictionaries.load(path, site=hooks)
+  assert (d.config.read, d.config.write) == (
+    "blocks.9.mlp_in",
+    "blocks.9.mlp_out",
+  )
+  assert d.config.skip
+  assert d.config.k is None
+
+
 def test_a_crosscoder_joins_its_layers_as_parts(tmp_path):
   d = dictionaries.load(CASES["gemma_scope_2-crosscoder_affine"](tmp_path).path)
   sites = "+".join(f"blocks.{l}.resid_post" for l in (7, 13, 17))
@@ -284,6 +226,15 @@ def test_hooks_of_every_spelling_are_our_sites(hook, model, site):
   assert hooks.to_ours(hook, model) == site
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_site_of_ours_has_a_name_in_transformer_lens(name):
+  site = f"blocks.3.{name}"
+  hook = hooks.to_transformer_lens(site)
+  assert hook.startswith("blocks.3.")
+  assert "hook_" in hook
+  assert hooks.to_ours(hook) == site
+
+
 @pytest.mark.parametrize(
   ("hookpoint", "options", "model", "sites"),
   [
@@ -370,60 +321,3 @@ def test_a_submodule_of_unknown_name_has_no_site(tmp_path):
   assert dictionaries.load(made.path).config.read == ""
   d = dictionaries.load(made.path, site="blocks.8.hook_resid_post")
   assert d.config.read == "blocks.8.resid_post"
-
-
-# ------------------------------------------------------- what lies at a path
-def test_a_run_of_one_hookpoint_is_searched_and_of_several_listed(tmp_path):
-  made = sparsify(tmp_path, "layers.3")
-  assert (
-    dictionaries.load(tmp_path / "run").config.read == "blocks.3.resid_post"
-  )
-  sparsify(tmp_path, "layers.4.mlp")
-  with pytest.raises(
-    ValueError, match=r"holds 2 dictionaries: .*layers\.3 "
-  ) as e:
-    dictionaries.load(tmp_path / "run")
-  assert "layers.4.mlp (sparsify)" in str(e.value)
-  assert dictionaries.load(made.path).config.read == "blocks.3.resid_post"
-
-
-def test_two_formats_in_one_directory_are_told_apart_by_name(tmp_path):
-  made = sae_lens(tmp_path, "jumprelu")
-  dictionaries.load(made.path).save(made.path)
-  with pytest.raises(ValueError, match="format= tells them apart"):
-    dictionaries.load(made.path)
-  ours = dictionaries.load(made.path, format="gemma_jax")
-  theirs = dictionaries.load(made.path, format="sae_lens")
-  assert ours.config == theirs.config
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_a_format_may_be_named(name, tmp_path):
-  made = CASES[name](tmp_path)
-  format = name.split("-")[0]
-  found = dictionaries.load(made.path, site=made.site)
-  named = dictionaries.load(made.path, site=made.site, format=format)
-  assert named.config == found.config
-
-
-def test_a_file_of_another_name_needs_its_format(tmp_path):
-  made = CASES["gemma_scope-res"](tmp_path)
-  path = made.path / "weights.npz"
-  (made.path / "params.npz").rename(path)
-  with pytest.raises(
-    ValueError, match=r"no name of a dictionary's file.*format="
-  ):
-    dictionaries.load(path)
-  assert dictionaries.load(path, format="gemma_scope").config.width == M
-
-
-def test_all_formats_have_what_a_format_has():
-  assert set(formats.FORMATS) == {name.split("-")[0] for name in CASES} | {
-    "gemma_jax"
-  }
-  for name, module in formats.FORMATS.items():
-    assert name == module.NAME
-    assert module.FILES
-    if name != "gemma_jax":
-      assert module.CONVENTION.format == name
-      assert module.CONVENTION.source

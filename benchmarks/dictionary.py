@@ -113,6 +113,8 @@ class Peer:
     case = {
       "system": system,
       "activation": activation,
+      "d": args.d,
+      "width": args.width,
       "k": args.k,
       "learning_rate": RATE,
       "batch": args.batch,

@@ -29,6 +29,7 @@ from gemma_jax.dictionaries.config import SELECTING, DictionaryConfig
 from gemma_jax.dictionaries.jump import jump, step
 from gemma_jax.dictionaries.linear import Moments, Ridge
 from gemma_jax.dictionaries.recipe import Recipe
+from gemma_jax.dictionaries.selection import kth_largest
 
 COUNTING = ("l0", "target_l0", "target_l0_token")  # they train thresholds
 FAR = 2**30  # tokens; counts stop here, so that billions do not wrap around
@@ -600,7 +601,7 @@ def _dense(cfg, recipe, params, seen, k, most: int = 1):
       cut = pairs_lib.per_row(ranked, k, int(most), axes).cut
     else:
       keep = jnp.floor(k * seen.rows)
-      cut = kthlargest(ranked, keep, axes=axes.both)
+      cut = kth_largest(ranked, keep, axes=axes.both)
     kept = (ranked >= cut) & (ranked > 0)
     acts = jnp.where(kept, z, 0)
     smallest = jnp.min(jnp.where(kept, ranked, jnp.inf))
@@ -779,7 +780,7 @@ def calibrate(
   z = pre_activations(params, x)
   if recipe.rank_by_norm:
     z = z * _norms(params["W_dec"])
-  cut = kthlargest(z, k * len(x))
+  cut = kth_largest(z, k * len(x))
   # Halfway to the largest that does not fire: rounding must not tip it.
   below = jnp.max(jnp.where(z < cut, z, 0))
   return (cut + jnp.maximum(below, 0)) / 2

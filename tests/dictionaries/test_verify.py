@@ -285,16 +285,16 @@ def test_only_sites_that_the_model_has_are_tried(preset, write, sae):
 
 
 @pytest.mark.parametrize(
-  ("tokens", "mask", "message"),
+  ("ids", "mask", "message"),
   [
     (np.arange(5), None, r"tokens must be integers \[B, T\]"),
     (np.ones((2, 3)), None, "tokens must be integers"),
     (np.ones((2, 3), int), np.ones((3, 2)), r"as tokens are, \(2, 3\)"),
   ],
 )
-def test_tokens_of_another_shape_are_refused(tokens, mask, message, model, sae):
+def test_tokens_of_another_shape_are_refused(ids, mask, message, model, sae):
   with pytest.raises(ValueError, match=message):
-    sae.verify(model, tokens=tokens, mask=mask)
+    sae.verify(model, tokens=ids, mask=mask)
 
 
 def test_nothing_but_bos_is_no_measurement(model, sae):

@@ -109,5 +109,5 @@ def test_a_dictionary_of_another_width_is_refused(tmp_path):
   )
   params = {name: jnp.ones(shape) for name, shape in cfg.shapes().items()}
   dictionaries.Dictionary(cfg, params).save(tmp_path / "narrow")
-  with pytest.raises(ValueError, match="vectors of 20.*has 48"):
+  with pytest.raises(ValueError, match=r"vectors of 20.*has 48"):
     evaluate.prepare(config(str(tmp_path / "narrow")))

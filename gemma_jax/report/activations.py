@@ -15,11 +15,11 @@ from gemma_jax.report.plots import (
   ORANGE,
   PURPLE,
   RED,
-  _dress,
-  _figure,
-  _key,
   _short,
-  _write,
+  canvas,
+  dress,
+  key,
+  save,
 )
 
 _COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, INK)
@@ -55,7 +55,7 @@ def _handles(sites: Sequence[str], notes: Sequence[str] = ()) -> list[Line2D]:
 
 def _names(axes, handles: Sequence[Line2D], columns: int = 1) -> None:
   """A legend above the axes, one line for each site."""
-  _key(
+  key(
     axes,
     handles=handles,
     loc="lower left",
@@ -76,7 +76,7 @@ def norm_by_position_figure(statistics: Mapping[str, Mapping]) -> Figure:
     A figure with one line and one band for each site; positions without rows
     are left out.
   """
-  figure, grid = _figure(3.6)
+  figure, grid = canvas(3.6)
   axes = grid[0, 0]
   first, last = 1, 1
   for number, summary in enumerate(statistics.values()):
@@ -98,7 +98,7 @@ def norm_by_position_figure(statistics: Mapping[str, Mapping]) -> Figure:
     )
     marker = "o" if len(at) < 3 else ""
     axes.plot(at, mean, linewidth=1.6, marker=marker, **_style(number))
-  _dress(axes, x="position in the window (log scale)", y="L2 norm")
+  dress(axes, x="position in the window (log scale)", y="L2 norm")
   # The first positions, where norms differ most, get room.
   ticks = [10**k for k in range(7) if 10**k <= last]
   if first:
@@ -137,7 +137,7 @@ def norms_figure(statistics: Mapping[str, Mapping]) -> Figure:
     span from 25 % to 75 %, the median, and the kept outliers as dots.
   """
   sites = list(statistics)
-  figure, grid = _figure(3.4 + 0.28 * len(sites), 2)
+  figure, grid = canvas(3.4 + 0.28 * len(sites), 2)
   figure.axes[0].sharex(figure.axes[1])
   top, below = grid[:, 0]
   top.get_gridspec().set_height_ratios([3, 0.5 + 0.45 * len(sites)])
@@ -172,11 +172,11 @@ def norms_figure(statistics: Mapping[str, Mapping]) -> Figure:
       f"median {_brief(q[0.5])}, largest {_brief(largest['norm'])} "
       f"(row {largest['row']:,}, z = {largest['z']:.3g})"
     )
-  _dress(top, x="", y="share of tokens")
+  dress(top, x="", y="share of tokens")
   top.set_xscale("log")
   top.set_ylim(bottom=0)
   top.tick_params(labelbottom=False)
-  _dress(below, x="L2 norm (activation units, log scale)", y="")
+  dress(below, x="L2 norm (activation units, log scale)", y="")
   below.set_yticks(range(len(sites)), [""] * len(sites))
   below.set_ylim(len(sites) - 0.4, -0.6)
   _names(top, _handles(sites, notes))
@@ -197,11 +197,11 @@ def _ranked(axes, statistics, value, y: str) -> None:
         label=f"dim {order[0]}: {_brief(numbers[order[0]])}",
         **_style(number),
       )
-  _dress(axes, x="", y=y)
+  dress(axes, x="", y=y)
   axes.set_xscale("log")
   axes.xaxis.set_major_formatter(FuncFormatter(_short))
   if axes.lines:
-    _key(
+    key(
       axes,
       loc="lower right",
       bbox_to_anchor=(1.0, 1.0),
@@ -223,7 +223,7 @@ def dimensions_figure(statistics: Mapping[str, Mapping]) -> Figure:
     kurtosis, each sorted by itself, largest dimension first. Constant
     dimensions are left out.
   """
-  figure, grid = _figure(6.6, 3)
+  figure, grid = canvas(6.6, 3)
   deviation, ratio, kurtosis = grid[:, 0]
 
   def spread(dims):
@@ -272,13 +272,13 @@ def drift_figure(statistics: Mapping[str, Mapping]) -> Figure:
     site has two chunks.
   """
   if not any(len(s["drift"]["rows"]) > 1 for s in statistics.values()):
-    figure, grid = _figure(1.6)
+    figure, grid = canvas(1.6)
     grid[0, 0].set_axis_off()
     grid[0, 0].text(
       0.5, 0.5, "one chunk of rows: no drift to see", ha="center", color=INK
     )
     return figure
-  figure, grid = _figure(4.6, 2)
+  figure, grid = canvas(4.6, 2)
   shift, ratio = grid[:, 0]
   chance = None
   notes = []
@@ -309,9 +309,9 @@ def drift_figure(statistics: Mapping[str, Mapping]) -> Figure:
       if largest
       else "one chunk"
     )
-  _dress(shift, x="", y="shift of the mean\n(standard deviations)")
+  dress(shift, x="", y="shift of the mean\n(standard deviations)")
   shift.set_ylim(bottom=0)
-  _dress(ratio, x="first row of the chunk", y="mean norm / before")
+  dress(ratio, x="first row of the chunk", y="mean norm / before")
   ratio.axhline(1, color=INK, linewidth=1, linestyle=":")
   low, high = ratio.get_ylim()
   # A percent is no drift: it shall not fill the panel.
@@ -333,7 +333,7 @@ def spectrum_figure(statistics: Mapping[str, Mapping]) -> Figure:
     A figure with one line for each site, of shares of the total variance;
     shares below 1e-8, which are rounding, are not drawn.
   """
-  figure, grid = _figure(3.9)
+  figure, grid = canvas(3.9)
   axes = grid[0, 0]
   notes = []
   for number, summary in enumerate(statistics.values()):
@@ -353,7 +353,7 @@ def spectrum_figure(statistics: Mapping[str, Mapping]) -> Figure:
       f"participation ratio {summary['participation_ratio']:.3g} of "
       f"{summary['width']:,}"
     )
-  _dress(
+  dress(
     axes, x="eigenvalue, largest first (log scale)", y="share of the variance"
   )
   axes.set_xscale("log")
@@ -391,6 +391,6 @@ def write(
   if any(summary["eigenvalues"] for summary in statistics.values()):
     figures["spectrum"] = spectrum_figure
   return [
-    _write(draw(statistics), Path(directory) / f"{name}.png")
+    save(draw(statistics), Path(directory) / f"{name}.png")
     for name, draw in figures.items()
   ]

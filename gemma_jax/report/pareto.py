@@ -80,4 +80,4 @@ def pareto_figure(points: Sequence[Mapping[str, Any]]) -> Figure | None:
 def pareto(points: Sequence[Mapping[str, Any]], path: str | Path):
   """Writes `pareto_figure` as a PNG; its path, or None without a picture."""
   drawn = pareto_figure(points)
-  return None if drawn is None else plots.write(drawn, path)
+  return None if drawn is None else plots.save(drawn, path)

@@ -62,7 +62,7 @@ def key(axes: Axes, **options) -> None:
   axes.legend(fontsize=9, labelcolor=INK, frameon=False, **options)
 
 
-def write(figure: Figure, path: str | Path) -> Path:
+def save(figure: Figure, path: str | Path) -> Path:
   """Writes a PNG, the same bytes for the same numbers."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def training_curves_figure(metrics: Sequence[Mapping]) -> Figure:
 
 def training_curves(metrics: Sequence[Mapping], path: str | Path) -> Path:
   """Writes `training_curves_figure` as a PNG and returns its path."""
-  return write(training_curves_figure(metrics), path)
+  return save(training_curves_figure(metrics), path)
 
 
 def fvu_prefixes_figure(
@@ -236,7 +236,7 @@ def fvu_prefixes(
   baselines: Mapping[str, float] | None = None,
 ) -> Path:
   """Writes `fvu_prefixes_figure` as a PNG and returns its path."""
-  return write(fvu_prefixes_figure(widths, fvu, baselines), path)
+  return save(fvu_prefixes_figure(widths, fvu, baselines), path)
 
 
 def latent_density_figure(density, *, tokens: int) -> Figure:
@@ -325,7 +325,7 @@ def latent_density_figure(density, *, tokens: int) -> Figure:
 
 def latent_density(density, path: str | Path, *, tokens: int) -> Path:
   """Writes `latent_density_figure` as a PNG and returns its path."""
-  return write(latent_density_figure(density, tokens=tokens), path)
+  return save(latent_density_figure(density, tokens=tokens), path)
 
 
 def norm_histogram_figure(norms: Mapping[str, object]) -> Figure:
@@ -388,4 +388,4 @@ def norm_histogram_figure(norms: Mapping[str, object]) -> Figure:
 
 def norm_histogram(norms: Mapping[str, object], path: str | Path) -> Path:
   """Writes `norm_histogram_figure` as a PNG and returns its path."""
-  return write(norm_histogram_figure(norms), path)
+  return save(norm_histogram_figure(norms), path)

@@ -216,9 +216,12 @@ _DEFAULT = {
   "batchtopk": {},
   "jumprelu": {
     "sparsity": "target_l0",
-    "sparsity_coefficient": 0.3,
+    "sparsity_coefficient": 1.0,
     "sparsity_warmup": 0.1,
     "gradient_to_input": True,
+    # Activations begin at about 0.7 sqrt(D).
+    "threshold_init": 1.0,
+    "bandwidth": 2.0,
   },
 }
 

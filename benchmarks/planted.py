@@ -1,0 +1,187 @@
+"""Who finds planted directions best, with noise and Zipf frequencies.
+
+  python benchmarks/planted.py --peers=PYTHON [--json]
+
+128 directions in 64 dims, three active on average, the i-th as often as 1 / i
+(at most on half of the rows), and noise. Ours, SAELens and
+dictionary_learning train BatchTopK dictionaries on the same rows in the same
+order and as many steps, each with the best learning rate of a grid. The score
+is MCC: the mean cosine of planted and found directions, matched one to one.
+See dictionary.py for PYTHON.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+
+from gemma_jax import models
+from gemma_jax.dictionaries import DictionaryConfig, core, linear
+from gemma_jax.dictionaries.recipe import preset
+from trainers import dictionary_step
+from trainers.dictionary_plan import AXES, Member
+
+D, M, ACTIVE = 64, 128, 3.0
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+
+
+def planted(rows: int, noise: float, seed: int):
+  """Directions [M, D] and rows [n, D]."""
+  rng = np.random.default_rng(seed)
+  truth = rng.normal(size=(M, D))
+  truth /= np.linalg.norm(truth, axis=1, keepdims=True)
+  chance = 1 / np.arange(1, M + 1)
+  chance = np.minimum(chance / chance.sum() * ACTIVE, 0.5)
+  acts = (rng.random((rows, M)) < chance) * rng.uniform(0.5, 1.5, (rows, M))
+  x = acts @ truth + noise * rng.normal(size=(rows, D))
+  return truth, x.astype(np.float32)
+
+
+def mcc(found: np.ndarray, truth: np.ndarray) -> float:
+  norms = np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+  cosines = (found / norms) @ truth.T
+  at = scipy.optimize.linear_sum_assignment(-cosines)
+  return float(cosines[at].mean())
+
+
+def ours(args, x, seed) -> dict[float, np.ndarray]:
+  """Decoder rows by learning rate: one sweep."""
+  cfg = DictionaryConfig(
+    d_in=D,
+    d_out=D,
+    width=M,
+    activation="batchtopk",
+    k=ACTIVE,
+    prefix_widths=(M,),
+  )
+  # Alive means fired within a hundredth of the rows, as in a real run.
+  dead = {"dead_after": 50_000, "aux_candidates": None}
+  how = dictionary_step.in_steps(
+    preset("default", "batchtopk", dead), args.steps
+  )
+  norm = core.normalisation(linear.moments([(x, x)]), how)
+  head = x[:8192]
+  group = tuple(Member(str(r), cfg, r, 0.0, seed) for r in RATES)
+
+  def init(_):
+    params, state = core.init(
+      cfg,
+      how,
+      jax.random.key(seed),
+      norm,
+      None,
+      (head, head, np.ones(8192, bool)),
+    )
+    opt = dictionary_step.optimizer(how).init(params)
+    return params, opt, state._replace(norm=None)
+
+  params, opt, states = jax.lax.map(init, jnp.arange(len(group)))
+  carried = (params,), (opt,), {"norm": norm, "states": (states,)}
+  step = dictionary_step.make(
+    [group],
+    how,
+    models.make_mesh({}, jax.devices()[:1], AXES),
+    steps=args.steps,
+    at_once=1,
+    sparse=False,
+  )
+
+  @jax.jit
+  def train(carried, batches):
+    def body(carried, at):
+      i, x = at
+      *carried, _, _ = step(*carried, {"x": x, "y": x}, i)
+      return tuple(carried), None
+
+    return jax.lax.scan(body, carried, (jnp.arange(args.steps), batches))[0]
+
+  carried = train(carried, x.reshape(args.steps, args.batch, D))
+  return dict(zip(RATES, np.asarray(carried[0][0]["W_dec"]), strict=True))
+
+
+def peer(args, system, rate, seed, folder) -> np.ndarray:
+  case = {
+    "system": system,
+    "activation": "batchtopk",
+    "k": int(ACTIVE),
+    "d": D,
+    "width": M,
+    "learning_rate": rate,
+    "batch": args.batch,
+    "steps": args.steps,
+    "warmup": args.steps // 10,
+    "decay": args.steps // 5,
+    "decay_start": args.steps - args.steps // 5,
+    "threads": os.cpu_count(),
+    "seed": seed,
+  }
+  script = pathlib.Path(__file__).with_name("dictionary_peer.py")
+  subprocess.run(
+    [
+      args.peers,
+      str(script),
+      json.dumps(case),
+      f"{folder}/out.npz",
+      f"{folder}/rows.npy",
+    ],
+    check=True,
+    stderr=subprocess.DEVNULL,
+  )
+  return np.load(f"{folder}/out.npz", allow_pickle=False)["W_dec"]
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--peers", required=True)
+  parser.add_argument("--noise", type=float, default=0.05)
+  parser.add_argument("--steps", type=int, default=2000)
+  parser.add_argument("--batch", type=int, default=512)
+  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--json", action="store_true")
+  args = parser.parse_args()
+  systems = ("ours", "sae_lens", "dictionary_learning")
+  scores = {system: {rate: [] for rate in RATES} for system in systems}
+  for seed in range(args.seeds):
+    truth, x = planted(args.steps * args.batch, args.noise, seed)
+    with tempfile.TemporaryDirectory() as folder:
+      np.save(f"{folder}/rows.npy", x)
+      for rate, found in ours(args, x, seed).items():
+        scores["ours"][rate].append(mcc(found, truth))
+      for system in systems[1:]:
+        for rate in RATES:
+          found = peer(args, system, rate, seed, folder)
+          scores[system][rate].append(mcc(found, truth))
+  rng = np.random.default_rng(0)
+  out = {"name": "planted directions, noise, Zipf", "systems": {}}
+  for system, by_rate in scores.items():
+    rate = max(by_rate, key=lambda r: np.mean(by_rate[r]))
+    out["systems"][system] = {
+      "learning_rate": rate,
+      "mcc": float(np.mean(by_rate[rate])),
+      "mcc_sd": float(np.std(by_rate[rate], ddof=args.seeds > 1)),
+    }
+  out["systems"]["random directions"] = {
+    "learning_rate": 0.0,
+    "mcc": mcc(rng.normal(size=(M, D)), truth),
+    "mcc_sd": 0.0,
+  }
+  if args.json:
+    print(json.dumps(out))
+    return
+  print(out["name"])
+  for system, own in out["systems"].items():
+    print(
+      f"  {system:20} rate {own['learning_rate']:.0e}  MCC {own['mcc']:.4f} "
+      f"+- {own['mcc_sd']:.4f}"
+    )
+
+
+if __name__ == "__main__":
+  main()

@@ -27,7 +27,9 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
     shard = NamedSharding(mesh, split).shard_shape(x.shape)
     state_bytes += math.prod(shard) * x.dtype.itemsize
     if name.startswith("[0]"):
-      table[name[3:]] = f"{x.dtype}{list(x.shape)} {split}"
+      group, name = path[1].idx, path[2].key
+      several = f"{name} of group {group}" if group else name
+      table[several] = f"{x.dtype}{list(x.shape)} {split}"
   train, sparse = p.config["train"], dictionary_task.is_sparse(p)
   tokens = train["steps"] * p.batch_size
   rows = p.batch_size // mesh.shape["data"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gemma_jax.dictionaries import core
+from gemma_jax.dictionaries.core.objective import FAR
 from tests.dictionaries import cases
 from tests.dictionaries.cases import B, D, E, M, f64, run
 
@@ -161,10 +162,10 @@ def test_the_count_does_not_wrap_around():
   recipe = cases.make_recipe(dead_after=100)
   params = cases.make_params(cfg)
   params["b_enc"] = params["b_enc"] - 1e6
-  state = cases.make_state(cfg, since=np.full(M, core.FAR - 1))
+  state = cases.make_state(cfg, since=np.full(M, FAR - 1))
   for _ in range(2):
     _, _, state, _ = run(cfg, recipe, params, state, cases.make_batch(cfg))
-  np.testing.assert_array_equal(state.since_fired, core.FAR)
+  np.testing.assert_array_equal(state.since_fired, FAR)
 
 
 def test_dead_may_be_counted_in_steps():

@@ -46,9 +46,9 @@ def test_dry_run_prints_cost_and_starts_nothing(config, tmp_path):
   )
   assert done.returncode == 0, done.stderr
   plan = json.loads(done.stdout)
-  width = plan["config"]["dictionary"]["width"]
+  width = plan["dictionaries"][0]["width"]
   d = {"quickstart.py": 640, "gemma2b_transcoder.py": 2304}[config]
-  assert plan["parameters"]["W_enc"].startswith(f"float32[{d}, {width}]")
+  assert plan["parameters"]["W_enc"].startswith(f"float32[1, {d}, {width}]")
   assert set(plan["memory_per_device"]) >= {"model", "training state"}
   assert float(plan["flops"]["train"]) > 1e12
   assert not (tmp_path / "run").exists()

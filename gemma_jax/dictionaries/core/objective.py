@@ -1,0 +1,467 @@
+"""What a recipe minimises, and what it keeps true of parameters."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gemma_jax.dictionaries import pairs as pairs_lib
+from gemma_jax.dictionaries.axes import (
+  ALONE,
+  Axes,
+  gather,
+  join,
+  largest,
+  offset,
+  size,
+  spread,
+  total,
+)
+from gemma_jax.dictionaries.config import SELECTING, DictionaryConfig
+from gemma_jax.dictionaries.core.coordinates import (
+  State,
+  centre_tokens,
+  normalise,
+  row_norms,
+  slices,
+  unit,
+)
+from gemma_jax.dictionaries.core.forward import pre_activations, select
+from gemma_jax.dictionaries.jump import jump, step
+from gemma_jax.dictionaries.recipe import Recipe
+from gemma_jax.dictionaries.selection import kth_largest
+
+COUNTING = ("l0", "target_l0", "target_l0_token")  # they train thresholds
+FAR = 2**30  # tokens; counts stop here, so that billions do not wrap around
+
+
+def hyper(cfg: DictionaryConfig, recipe: Recipe) -> dict[str, jax.Array]:
+  """What may differ between the members of a sweep, as arrays."""
+  values = {
+    "k": 0.0 if cfg.k is None else cfg.k,
+    "sparsity": recipe.sparsity_coefficient,
+    "aux": recipe.aux_coefficient,
+  }
+  return {name: jnp.asarray(x, jnp.float32) for name, x in values.items()}
+
+
+def loss(
+  cfg: DictionaryConfig,
+  recipe: Recipe,
+  params,
+  state: State,
+  batch,
+  hyper,
+  *,
+  axes: Axes = ALONE,
+  sparse: bool = True,
+):
+  """What the recipe minimises: reconstruction, sparsity, dead latents.
+
+  Under `shard_map` every device passes its rows and latents and gets the
+  gradient of its own part; see `axes`.
+
+  Args:
+    cfg: the dictionary.
+    recipe: how it is trained.
+    params: as `init` returns them.
+    state: as `init` returns it.
+    batch: {"x": [B, D], "y": [B, E]} raw activations.
+    hyper: as `hyper` returns it.
+    axes: of the mesh.
+    sparse: after the encoder's product, touch active latents only; the same
+      numbers up to rounding. Dense is the only way of "relu", "gated" and
+      "jumprelu", and of sparsity terms.
+
+  Returns:
+    (loss, (state, metrics)): the new state, and scalars.
+
+  Raises:
+    ValueError: the recipe does not suit the activation.
+  """
+  _check(cfg, recipe)
+  sparse &= cfg.activation in SELECTING and recipe.sparsity == "none"
+  x, y = batch["x"], batch["y"]
+  if cfg.layer_norm:
+    x, y = centre_tokens(x)[0], centre_tokens(y)[0]
+  x, y = normalise(state.norm, x, y)
+  rows = len(x) * size(axes.data)
+  params = dict(params)
+  if not recipe.train_b_enc:
+    params["b_enc"] = jax.lax.stop_gradient(params["b_enc"])
+  b_in = jnp.zeros(cfg.d_in)
+  if recipe.subtract_b_dec and not cfg.is_transcoder:
+    b_in = spread(params["b_dec"], axes.latent)
+  threshold = params.get("threshold")
+  if recipe.log_threshold and threshold is not None:
+    params["threshold"] = threshold = jnp.exp(threshold)
+  seen = Seen(x, y, b_in, rows, axes)
+  k = _annealed(recipe, hyper["k"], state.steps)
+
+  # ------------------------------------------------------- reconstruction
+  if sparse:
+    written, acts, z = _sparse(cfg, recipe, params, seen, k)
+  else:
+    written, acts, z = dense(cfg, recipe, params, seen, k)
+  base = params["b_dec"]
+  if cfg.skip:
+    base = base + x @ params["W_skip"]
+  recs = base + jnp.cumsum(join(written, axes.latent), axis=0)
+  errors = jnp.sum((y - recs) ** 2, axis=(1, 2))
+  bias_prefix = recipe.bias_prefix and len(cfg.prefix_widths) > 1
+  n = len(cfg.prefix_widths) + bias_prefix
+  weight = {"mean": 1 / n, "sum": 1.0, "mean_of_shares": 1 / n**2}
+  summed = errors.sum()
+  if bias_prefix:
+    summed = summed + jnp.sum((y - base) ** 2)
+  scale = _scale(recipe.loss, seen)
+  objective = weight[recipe.prefix_weights] * join(summed, axes.data) / scale
+  metrics = {
+    "loss": objective,
+    "fvu": total(errors[-1], axes.data)
+    / (rows * cfg.d_out * state.norm.y_variance),
+    "fvu_smallest_prefix": total(errors[0], axes.data)
+    / (rows * cfg.d_out * state.norm.y_variance),
+  }
+  if recipe.multi_topk:
+    more, _, _ = (_sparse if sparse else dense)(
+      cfg, recipe, params, seen, 4 * k, most=4
+    )
+    more = base + join(more, axes.latent).sum(0)
+    extra = join(jnp.sum((y - more) ** 2), axes.data) / scale
+    objective = objective + recipe.multi_topk * extra
+
+  # ------------------------------------------------- who fires, who is dead
+  fired = total(acts.fired, axes.data)
+  since = jnp.where(fired > 0, 0, jnp.minimum(state.since_fired + rows, FAR))
+  counted = since if recipe.aux_after_batch else state.since_fired
+  limit = recipe.dead_after
+  if recipe.dead_after_steps is not None:
+    limit = (recipe.dead_after_steps + 1) * rows
+  metrics["l0"] = total(jnp.sum(fired), axes.latent) / rows
+  metrics["dead_fraction"] = (
+    total(jnp.sum(since >= limit), axes.latent) / cfg.width
+  )
+
+  # ---------------------------------------------------------- other terms
+  if recipe.sparsity != "none" or recipe.pre_activation_coefficient:
+    ramp = _ramp(recipe.sparsity_warmup, state.steps)
+    term = _sparsity(cfg, recipe, params, seen, z, acts.values, hyper["k"])
+    metrics["sparsity_loss"] = term
+    objective = objective + ramp * hyper["sparsity"] * term
+    if recipe.pre_activation_coefficient:
+      below = jax.nn.relu(threshold - z) * (counted >= limit)
+      below = jnp.sum(below * _weights(cfg, recipe, params))
+      below = join(below, axes.both) / rows
+      objective = objective + recipe.pre_activation_coefficient * below
+  if cfg.activation == "gated":
+    objective = objective + _gate_loss(cfg, recipe, params, seen, z) / scale
+  if recipe.aux_coefficient:
+    residual = y - recs[-1]
+    if recipe.aux_detach:
+      residual = jax.lax.stop_gradient(residual)
+    aux = _aux_loss(cfg, recipe, params, seen, residual, counted, limit)
+    metrics["aux_loss"] = aux
+    objective = objective + hyper["aux"] * aux
+
+  # ------------------------------------------------------------ threshold
+  running = state.threshold
+  if cfg.activation == "batchtopk":
+    decay = recipe.threshold_decay
+    moved = decay * running + (1 - decay) * acts.smallest
+    moved = jnp.where(running < 0, acts.smallest, moved)
+    ready = jnp.isfinite(acts.smallest)
+    ready &= state.steps >= recipe.threshold_start
+    running = jax.lax.stop_gradient(jnp.where(ready, moved, running))
+  return objective, (
+    State(state.norm, since, running, state.steps + 1),
+    metrics,
+  )
+
+
+def _check(cfg, recipe):
+  """Raises ValueError unless the recipe's terms suit the activation."""
+  needs = {
+    "jumprelu": {
+      f"sparsity {recipe.sparsity!r}": recipe.sparsity in COUNTING,
+      "pre_activation_coefficient": recipe.pre_activation_coefficient,
+    },
+    "topk or batchtopk": {"multi_topk": recipe.multi_topk},
+  }
+  for activation, terms in needs.items():
+    for name, wanted in terms.items():
+      if wanted and cfg.activation not in activation.split(" or "):
+        raise ValueError(
+          f"recipe.{name} needs activation {activation}; this is "
+          f"{cfg.activation!r}."
+        )
+  if recipe.sparsity in COUNTING[1:] and cfg.k is None:
+    raise ValueError(f"recipe.sparsity {recipe.sparsity!r} needs k.")
+
+
+class Seen(NamedTuple):
+  """A batch in normalised coordinates; `rows` counts those of all devices."""
+
+  x: jax.Array
+  y: jax.Array
+  b_in: jax.Array
+  rows: int
+  axes: Axes
+
+  @property
+  def read(self):
+    """What the encoder reads."""
+    return self.x - self.b_in
+
+
+class _Acts(NamedTuple):
+  """What the loss needs of the activations.
+
+  Attributes:
+    values: [B, M], or None on the sparse path.
+    fired: int32 [M].
+    smallest: the smallest positive one that top-k kept, as ranked.
+  """
+
+  values: jax.Array | None
+  fired: jax.Array
+  smallest: jax.Array
+
+
+def _ramp(length: float, steps) -> jax.Array:
+  return jnp.clip(steps / length, 0, 1) if length else jnp.ones(())
+
+
+def _annealed(recipe, k, steps):
+  if recipe.k_start is None:
+    return k
+  left = 1 - _ramp(recipe.k_anneal, steps)
+  return k + (recipe.k_start - k) * left
+
+
+def _weights(cfg, recipe, params):
+  """What one unit of each latent's activation counts as in sparsity terms."""
+  if not recipe.sparsity_by_norm:
+    return jnp.ones(())
+  if not cfg.parts:
+    return row_norms(params["W_dec"])
+  return sum(row_norms(params["W_dec"][:, part]) for part in slices(cfg.parts))
+
+
+def _scale(kind, seen):
+  """What squared errors, summed, are divided by."""
+  if kind == "sum":
+    return seen.rows
+  if kind == "mean":
+    return seen.rows * seen.y.shape[-1]
+  return jnp.maximum(_spread_of(seen.y, seen), 1e-9)
+
+
+def _spread_of(y, seen):
+  """Summed squared distance of the rows to their mean, over all devices."""
+  y = jax.lax.stop_gradient(y)
+  mean = total(y.sum(0), seen.axes.data) / seen.rows
+  return total(jnp.sum((y - mean) ** 2), seen.axes.data)
+
+
+def _sparse(cfg, recipe, params, seen, k, most: int = 1):
+  """What every group writes [G, B, E], from the active latents alone."""
+  read, axes = seen.read, seen.axes
+  z = pre_activations(params, read, _dtype(recipe))
+  z = jax.lax.stop_gradient(z)
+  norms = jax.lax.stop_gradient(row_norms(params["W_dec"]))
+  ranked = z * norms if recipe.rank_by_norm else z
+  most = min(most * max(cfg.k, recipe.k_start or 0), cfg.width)
+  if cfg.activation == "topk":
+    found = pairs_lib.per_row(ranked, k, int(most), axes)
+  else:
+    found = pairs_lib.per_batch(ranked, k, most, axes)
+  positive = jnp.where(found.value > 0, found.value, jnp.inf)
+  smallest = -largest(-jnp.min(positive), axes.both)
+  if recipe.rank_by_norm:
+    found = found._replace(value=found.value / norms[found.latent])
+  width = len(norms)
+  written = pairs_lib.decode(
+    cfg.prefix_widths,
+    params["W_enc"],
+    params["b_enc"],
+    params["W_dec"],
+    seen.b_in,
+    jax.lax.stop_gradient(read),
+    offset(axes.latent, width),
+    found,
+  )
+  return written, _Acts(None, pairs_lib.fired(found, width), smallest), z
+
+
+def _dtype(recipe):
+  return None if recipe.products == "float32" else recipe.products
+
+
+def dense(cfg, recipe, params, seen, k, most: int = 1):
+  """The same from all latents: [G, B, E], activations, pre-activations."""
+  axes = seen.axes
+  z = pre_activations(params, seen.read, _dtype(recipe))
+  smallest = jnp.asarray(jnp.inf)
+  if cfg.activation in SELECTING:
+    ranked = jax.lax.stop_gradient(z)
+    if recipe.rank_by_norm:
+      ranked = ranked * jax.lax.stop_gradient(row_norms(params["W_dec"]))
+    if cfg.activation == "topk":
+      most = min(most * max(cfg.k, recipe.k_start or 0), cfg.width)
+      cut = pairs_lib.per_row(ranked, k, int(most), axes).cut
+    else:
+      keep = jnp.floor(k * seen.rows)
+      cut = kth_largest(ranked, keep, axes=axes.both)
+    kept = (ranked >= cut) & (ranked > 0)
+    acts = jnp.where(kept, z, 0)
+    smallest = jnp.min(jnp.where(kept, ranked, jnp.inf))
+    smallest = -largest(-smallest, axes.both)
+  elif cfg.activation == "jumprelu":
+    acts = jump(
+      z, params["threshold"], recipe.bandwidth, recipe.gradient_to_input
+    )
+  elif cfg.activation == "gated":
+    acts = select(cfg, params, z)
+  else:
+    acts = jax.nn.relu(z)
+  fired = jnp.sum(acts > 0, axis=0, dtype=jnp.int32)
+  written = _write(cfg, params["W_dec"], acts, axes)
+  return written, _Acts(acts, fired, smallest), z
+
+
+def _write(cfg, W_dec, acts, axes):
+  """What every Matryoshka group writes: [G, B, E]."""
+  if len(cfg.prefix_widths) == 1:
+    return (acts @ W_dec)[None]
+  starts = (0, *cfg.prefix_widths[:-1])
+  groups = list(zip(starts, cfg.prefix_widths, strict=True))
+  if not axes.latent:
+    return jnp.stack([acts[:, a:b] @ W_dec[a:b] for a, b in groups])
+  # Where the groups end differs from device to device.
+  index = offset(axes.latent, len(W_dec)) + jnp.arange(len(W_dec))
+  return jnp.stack(
+    [jnp.where((index >= a) & (index < b), acts, 0) @ W_dec for a, b in groups]
+  )
+
+
+def _sparsity(cfg, recipe, params, seen, z, acts, k):
+  """The sparsity term, mean over rows."""
+  axes, rows = seen.axes, seen.rows
+  if recipe.sparsity == "none":
+    return jnp.zeros(())
+  weights = _weights(cfg, recipe, params)
+  if recipe.sparsity == "l1":
+    value = jax.nn.relu(z) if cfg.activation == "gated" else acts
+    value = value * weights
+    if recipe.sparsity_power == 1:
+      return join(jnp.sum(value), axes.both) / rows
+    # The derivative of a power is infinite at 0.
+    power = jnp.where(value > 0, value, 1) ** recipe.sparsity_power
+    each = join(jnp.sum(jnp.where(value > 0, power, 0), axis=-1), axes.latent)
+    each = jnp.where(each > 0, each, 1) ** (1 / recipe.sparsity_power) * (
+      each > 0
+    )
+    return join(jnp.sum(each), axes.data) / rows
+  if recipe.sparsity == "tanh":
+    value = jnp.tanh(recipe.tanh_scale * acts * weights)
+    return join(jnp.sum(value), axes.both) / rows
+  at = z if recipe.step_sees == "pre_activation" else acts
+  fires = step(
+    at, params["threshold"], recipe.bandwidth, recipe.gradient_to_input
+  )
+  if recipe.sparsity == "l0":
+    return join(jnp.sum(fires), axes.both) / rows
+  if recipe.sparsity == "target_l0":
+    return (join(jnp.sum(fires), axes.both) / rows / k - 1) ** 2
+  each = join(jnp.sum(fires, axis=-1), axes.latent)
+  return join(jnp.sum(2 / k * (each - k) ** 2), axes.data) / rows
+
+
+def _gate_loss(cfg, recipe, params, seen, z):
+  """Squared error of what the gate alone, as activation, reconstructs."""
+  frozen = params
+  if recipe.gated_detach:
+    frozen = jax.lax.stop_gradient(params)
+  rec = join(jax.nn.relu(z) @ frozen["W_dec"], seen.axes.latent)
+  rec = rec + frozen["b_dec"]
+  if cfg.skip:
+    rec = rec + seen.x @ frozen["W_skip"]
+  return join(jnp.sum((seen.y - rec) ** 2), seen.axes.data)
+
+
+def _aux_loss(cfg, recipe, params, seen, residual, since, limit):
+  """Dead latents fit the residual: Gao et al. 2024 (arXiv 2406.04093), A.2.
+
+  Of the dead, the `aux_k` largest of each row write without a bias. They are
+  looked for among the longest dead, so that few columns of the encoder are
+  read; None looks at all.
+  """
+  axes = seen.axes
+  dead_here = since >= limit
+  count = total(jnp.sum(dead_here), axes.latent)
+  aux_k = cfg.d_out // 2 if recipe.aux_k is None else recipe.aux_k
+  local = len(since)
+  some = recipe.aux_candidates is not None
+  some &= (recipe.aux_candidates or 0) < cfg.width
+
+  def term():
+    W_enc, b_enc, W_dec = (params[n] for n in ("W_enc", "b_enc", "W_dec"))
+    dead, mine = dead_here, True
+    if some:
+      longest, index = jax.lax.top_k(
+        gather(since, axes.latent), recipe.aux_candidates
+      )
+      dead = longest >= limit
+      index = index - offset(axes.latent, local)
+      mine = (index >= 0) & (index < local)
+      index = jnp.clip(index, 0, local - 1)
+      W_enc, b_enc, W_dec = W_enc[:, index], b_enc[index], W_dec[index]
+    z = seen.read @ W_enc + b_enc
+    norms = jnp.linalg.norm(W_dec, axis=-1)
+    if some:
+      z = join(jnp.where(mine, z, 0), axes.latent)
+      norms = total(jnp.where(mine, norms, 0), axes.latent)
+    acts = jax.nn.relu(z) if recipe.aux_relu else z
+    rank = jax.lax.stop_gradient(z * norms if recipe.rank_by_norm else z)
+    rank = jnp.where(dead, rank, -jnp.inf)
+    keep = dead
+    if aux_k < (rank.shape[1] if some else cfg.width):
+      best = jax.lax.top_k(rank, min(aux_k, rank.shape[1]))[0]
+      if not some and axes.latent:
+        best = jax.lax.top_k(gather(best, axes.latent), aux_k)[0]
+      keep = dead & (rank >= best[:, -1:])
+    acts = jnp.where(keep & mine, acts, 0)
+    rec = join(acts @ W_dec, axes.latent)
+    error = join(jnp.sum((residual - rec) ** 2), axes.data)
+    if recipe.aux_scale == "residual":
+      error = error / jnp.maximum(_spread_of(residual, seen), 1e-9)
+    elif recipe.aux_scale == "total":
+      error = error / jnp.maximum(_spread_of(seen.y, seen), 1e-9)
+    else:
+      error = error / _scale(recipe.aux_scale, seen)
+    if recipe.aux_ramp:
+      error = error * jnp.minimum(count / aux_k, 1)
+    return error
+
+  return jax.lax.cond(count > 0, term, lambda: jnp.zeros(()))
+
+
+def constrain(recipe: Recipe, params):
+  """Parameters with what the recipe demands of them made true."""
+  params = dict(params)
+  if recipe.decoder != "free":
+    params["W_dec"] = unit(params["W_dec"])
+  if "threshold" in params and not recipe.log_threshold:
+    # Below 0 negative pre-activations would pass.
+    params["threshold"] = jnp.maximum(params["threshold"], 0)
+  return params
+
+
+def project(recipe: Recipe, params, gradients):
+  """Gradients without what would change the norm of unit decoder rows."""
+  if recipe.decoder == "free":
+    return gradients
+  rows, g = unit(params["W_dec"]), gradients["W_dec"]
+  along = jnp.sum(g * rows, axis=-1, keepdims=True)
+  return {**gradients, "W_dec": g - along * rows}

@@ -1,0 +1,97 @@
+"""Dead latents start again."""
+
+import jax
+import jax.numpy as jnp
+
+from gemma_jax.dictionaries.axes import (
+  ALONE,
+  Axes,
+  gather,
+  join,
+  offset,
+  size,
+  total,
+)
+from gemma_jax.dictionaries.config import DictionaryConfig
+from gemma_jax.dictionaries.core.coordinates import (
+  State,
+  centre_tokens,
+  normalise,
+  unit,
+)
+from gemma_jax.dictionaries.core.objective import Seen, dense
+from gemma_jax.dictionaries.recipe import Recipe
+
+
+def resample(
+  cfg: DictionaryConfig,
+  recipe: Recipe,
+  params,
+  state: State,
+  batch,
+  key: jax.Array,
+  *,
+  axes: Axes = ALONE,
+):
+  """Restarts dead latents at inputs that are reconstructed badly.
+
+  Latents that have not fired for half of `recipe.resample_every` steps get
+  an input each, drawn without replacement in proportion to its error's norm:
+  its direction as encoder, 0.2 of the mean norm of the living, and the
+  direction of the output without the bias as decoder. (dictionary_learning's
+  rule, after Bricken et al. 2023.)
+
+  Args:
+    cfg: the dictionary.
+    recipe: how it is trained.
+    params: parameters.
+    state: after the step.
+    batch: raw, as for `loss`.
+    key: random key, the same on all devices.
+    axes: of the mesh.
+
+  Returns:
+    The parameters, and which latents [M] moved.
+  """
+  x, y = batch["x"], batch["y"]
+  if cfg.layer_norm:
+    x, y = centre_tokens(x)[0], centre_tokens(y)[0]
+  x, y = normalise(state.norm, x, y)
+  rows = len(x) * size(axes.data)
+  b_in = jnp.zeros(cfg.d_in)
+  if recipe.subtract_b_dec and not cfg.is_transcoder:
+    b_in = params["b_dec"]
+  acting = dict(params)
+  if recipe.log_threshold and "threshold" in params:
+    acting["threshold"] = jnp.exp(params["threshold"])
+  seen = Seen(x, y, b_in, rows, axes)
+  written, _, _ = dense(cfg, recipe, acting, seen, cfg.k)
+  base = params["b_dec"] + (x @ params["W_skip"] if cfg.skip else 0)
+  left = y - base - join(written, axes.latent).sum(0)
+
+  def everywhere(a):
+    if not axes.data:
+      return a
+    return jax.lax.all_gather(a, axes.data, tiled=True)
+
+  error = everywhere(jnp.linalg.norm(left, axis=-1))
+  noise = jax.random.gumbel(key, error.shape)
+  order = jax.lax.top_k(jnp.log(error + 1e-12) + noise, rows)[1]
+  dead = state.since_fired >= recipe.resample_every // 2 * rows
+  everyone = gather(dead, axes.latent)
+  rank = jnp.cumsum(everyone) - 1
+  here = offset(axes.latent, len(dead))
+  rank = jax.lax.dynamic_slice_in_dim(rank, here, len(dead))
+  moved = dead & (rank < rows)
+  chosen = order[jnp.clip(rank, 0, rows - 1)]
+  norms = jnp.linalg.norm(params["W_enc"], axis=0)
+  living = total(jnp.sum(jnp.where(dead, 0, norms)), axes.latent)
+  living /= jnp.maximum(total(jnp.sum(~dead), axes.latent), 1)
+  enc = 0.2 * living * unit(everywhere(seen.read)[chosen])
+  size_of = recipe.decoder_norm if recipe.decoder == "free" else 1.0
+  dec = size_of * unit(everywhere(y - base)[chosen])
+  new = dict(params)
+  new["W_enc"] = jnp.where(moved, enc.T, params["W_enc"])
+  new["W_dec"] = jnp.where(moved[:, None], dec, params["W_dec"])
+  new["b_enc"] = jnp.where(moved, 0, params["b_enc"])
+  return new, moved

@@ -84,7 +84,8 @@ def main(argv) -> None:
     if isinstance(value, int | str):
       print(f"{key:28} {value}")
   minutes = (time.perf_counter() - began) / 60
-  print(f"{workdir}/results.json  {workdir}/report.html  {minutes:.1f} minutes")
+  left = [workdir / name for name in ("results.json", "report.html")]
+  print(*(p for p in left if p.exists()), f"{minutes:.1f} minutes", sep="  ")
 
 
 if __name__ == "__main__":

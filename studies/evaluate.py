@@ -63,7 +63,7 @@ DEFINITIONS = {
 
 def plan(config: Mapping[str, Any]) -> dict[str, Any]:
   """What would be evaluated, for `--dry_run`."""
-  found, model = prepare(config)
+  found, model, _ = prepare(config)
   return {
     "model": f"{model.family}, {model.num_layers} layers",
     "dictionaries": {
@@ -75,7 +75,7 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare(config: Mapping[str, Any]):
-  """The dictionaries by path, and the config of their model, checked.
+  """The dictionaries by path, their model's config and name, checked.
 
   Raises:
     ValueError: unknown fields; no dictionaries, of several models, of sites
@@ -91,7 +91,7 @@ def prepare(config: Mapping[str, Any]):
     str(path): dictionaries.load(path, format=config["format"])
     for path in config["dictionaries"]
   }
-  names = {d.config.model for d in found.values()}
+  names = {d.config.model for d in found.values()} - {""}
   name = config["model"]["name"] or (names.pop() if len(names) == 1 else None)
   if not name:
     raise ValueError(
@@ -99,7 +99,6 @@ def prepare(config: Mapping[str, Any]):
       "model with --config.model.name."
     )
   model = models.describe(name)
-  config["model"]["name"] = name
   for path, d in found.items():
     cfg = d.config
     if not cfg.read or not cfg.write:
@@ -112,7 +111,7 @@ def prepare(config: Mapping[str, Any]):
           f"{path} has vectors of {width} at {site}, where {name} has {own}. "
           "It belongs to another model or site."
         )
-  return found, model
+  return found, model, name
 
 
 def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
@@ -127,9 +126,12 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   """
   workdir = pathlib.Path(workdir)
   config = json.loads(json.dumps(dict(config)))
-  found, _ = prepare(config)
+  found, _, name = prepare(config)
   fields.compare(workdir, config)
-  directory = models.resolve(config["model"]["name"])
+  if (workdir / "results.json").exists():
+    log.info("%s is finished; nothing to do", workdir)
+    return json.loads((workdir / "results.json").read_text())
+  directory = models.resolve(name)
   about = models.read_config(directory)
   streams = stores.windows(config["data"], directory, about)
   mesh = models.make_mesh(config["mesh"])
@@ -173,7 +175,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
       if key not in baselines:
         baselines[key] = linear.fit(stored["train"], *key)
       moments, ridge = baselines[key]
-      numbers, latents, _ = evaluate.evaluate(
+      numbers, *_ = evaluate.evaluate(
         d,
         stored["heldout"],
         ridge,
@@ -192,12 +194,10 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
       if not cfg.parts:
         member |= _splice(config, model, d, moments, windows)
       if labels is not None:
-        member |= _probe(
-          config, model, d, stored["heldout"], windows, labels, latents
-        )
+        member |= _probe(config, model, d, stored["heldout"], windows, labels)
       members.append(member)
   results = {
-    "model": config["model"]["name"],
+    "model": name,
     "sites": capture,
     "members": members,
     "tokens_heldout": len(stored["heldout"]),
@@ -205,8 +205,8 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     "definitions": DEFINITIONS,
     "versions": dictionary.versions(),
   }
-  sweep_report.write(workdir, results=results, config=config, metrics=[])
   (workdir / "results.json").write_text(json.dumps(results, indent=2))
+  sweep_report.write(workdir, results=results, config=config, metrics=[])
   return results
 
 
@@ -243,9 +243,7 @@ def _splice(config, model, d, moments, windows) -> dict[str, Any]:
   }
 
 
-def _probe(
-  config, model, d, store, windows, labels, statistics
-) -> dict[str, Any]:
+def _probe(config, model, d, store, windows, labels) -> dict[str, Any]:
   """Sparse probing, first-letter absorption, and how latents are explained."""
   own, cfg = config["eval"], d.config
   count = min(own["probe_tokens"], len(store))
@@ -262,7 +260,7 @@ def _probe(
     out["absorption"] = _noisy_absorption(
       d, z, x, np.asarray(store.read(0, count, "token")), model, seeds
     )
-  live = np.flatnonzero(statistics.density * len(store) >= 20)
+  live = np.flatnonzero(np.asarray((z > 0).sum(0)).ravel() >= 20)
   rng = np.random.default_rng(0)
   chosen = rng.permutation(live)[: own["explained"]]
   kinds = explain.candidates(windows.tokens, windows.mask, labels)

@@ -22,8 +22,19 @@ if WITHOUT_TORCH:
   ]
 
 
+# Long tests begin first, so that no worker is left with one at the end.
+LONG = ("trainers/test_dictionary.py", "launch/", "studies/", "activations/")
+
+
 def pytest_collection_modifyitems(config, items):
-  """Deselects what needs torch where torch is not installed."""
+  """Puts what takes long first; leaves out what needs torch without it."""
+
+  def place(item):
+    here = item.nodeid.removeprefix("tests/")
+    long = (i for i, start in enumerate(LONG) if here.startswith(start))
+    return next(long, len(LONG))
+
+  items.sort(key=place)
   if not WITHOUT_TORCH:
     return
   dropped = [item for item in items if item.get_closest_marker("torch")]

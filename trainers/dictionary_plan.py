@@ -296,13 +296,27 @@ def _members(config, recipe, known, read, write) -> tuple[Member, ...]:
       "dictionary.matryoshka is False and its groups are given; make it True, "
       "or leave them out."
     )
+  aims = own["activation"] in SELECTING or recipe.sparsity.startswith("target")
+  for name, used in (
+    ("k", aims),
+    ("sparsity", recipe.sparsity != "none"),
+  ):
+    if name in sweep and not used:
+      raise ValueError(
+        f"sweep.{name} changes nothing here: activation "
+        f"{own['activation']!r} with recipe.sparsity {recipe.sparsity!r} does "
+        "not use it."
+      )
+  if own["skip"] and read == write:
+    raise ValueError(
+      "dictionary.skip would learn the identity: activations.read and .write "
+      f"are both {', '.join(read)}. Skips are for transcoders."
+    )
   members = []
   for values in itertools.product(*sweep.values()):
     at = dict(zip(sweep, values, strict=True))
     width = at.get("width", own["width"]) or known.width
-    k = at.get("k", own["k"])
-    if k is None and own["activation"] in (*SELECTING, "jumprelu"):
-      k = known.k
+    k = at.get("k", own["k"] or known.k) if aims else None
     dictionary = DictionaryConfig(
       d_in=known.d_in,
       d_out=known.d_out,
@@ -325,6 +339,12 @@ def _members(config, recipe, known, read, write) -> tuple[Member, ...]:
         float(at.get("sparsity", recipe.sparsity_coefficient)),
         int(at.get("seed", config["seed"])),
       )
+    )
+  if recipe.sparsity != "none" and not all(m.sparsity for m in members):
+    raise ValueError(
+      f"recipe.sparsity {recipe.sparsity!r} has the coefficient 0, so nothing "
+      "would be sparse. Give recipe.sparsity_coefficient; its scale is that of "
+      f"loss {recipe.loss!r}."
     )
   return tuple(members)
 

@@ -47,13 +47,8 @@ def rule(path: str, shape: tuple[int, ...]) -> P:
 def schedule(recipe: Recipe, steps: int) -> Callable[[jax.Array], jax.Array]:
   """Share of the learning rate at a step: linear up, level, linear down."""
 
-  def length(given):
-    return max(1, round(given * steps if given < 1 else given))
-
-  warmup = length(recipe.warmup) if recipe.warmup else 1
-  # As a share of the training even where it is the whole.
-  decay = recipe.decay
-  decay = round(decay * steps) if decay <= 1 else round(decay)
+  warmup = max(1, _in_steps(recipe.warmup, steps))
+  decay = _in_steps(recipe.decay, steps)
 
   def shape(step):
     up = (step + 1) / warmup
@@ -65,12 +60,16 @@ def schedule(recipe: Recipe, steps: int) -> Callable[[jax.Array], jax.Array]:
 
 def in_steps(recipe: Recipe, steps: int) -> Recipe:
   """The recipe with every share of the training as a number of steps."""
-  shares = {
-    name: round(value * steps)
-    for name in ("sparsity_warmup", "k_anneal")
-    if 0 < (value := getattr(recipe, name)) <= 1
-  }
-  return dataclasses.replace(recipe, **shares)
+  return dataclasses.replace(
+    recipe,
+    sparsity_warmup=_in_steps(recipe.sparsity_warmup, steps),
+    k_anneal=_in_steps(recipe.k_anneal, steps),
+  )
+
+
+def _in_steps(length: float, steps: int) -> int:
+  """1 or less are shares of the whole training."""
+  return round(length * steps if length <= 1 else length)
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -86,7 +85,8 @@ def hypers(group: tuple[Member, ...], recipe: Recipe) -> dict[str, np.ndarray]:
     "aux": [recipe.aux_coefficient for _ in group],
     "learning_rate": [m.learning_rate for m in group],
   }
-  return {name: np.asarray(v, np.float32) for name, v in values.items()}
+  values = {name: np.asarray(v, np.float32) for name, v in values.items()}
+  return values | {"seed": np.asarray([m.seed for m in group], np.uint32)}
 
 
 def widest(group: tuple[Member, ...]) -> DictionaryConfig:
@@ -226,12 +226,14 @@ def _member(
     params = core.constrain(recipe, params)
   if recipe.resample_every:
     params, opt_state = _resample(
-      cfg, recipe, params, opt_state, new, batch, step, axes
+      cfg, recipe, params, opt_state, new, batch, hyper, step, axes
     )
   finite = jnp.isfinite(value) & jnp.isfinite(size)
   metrics = metrics | {"learning_rate": speed}
   after = params, opt_state, new._replace(norm=None)
   if freeze:
+    # Once left behind, its own count of steps never catches up.
+    finite &= carried.steps == step
     after = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
   return *after, finite, metrics
 
@@ -246,14 +248,14 @@ def _norm(tree, axes: Axes):
   return jnp.sqrt(squares)
 
 
-def _resample(cfg, recipe, params, opt_state, state, batch, step, axes):
+def _resample(cfg, recipe, params, opt_state, state, batch, hyper, step, axes):
   """Restarts dead latents and forgets their moments, every so many steps."""
   due = (step > 0) & (step % recipe.resample_every == 0)
 
   def restart():
-    key = jax.random.fold_in(jax.random.key(0), step)
+    key = jax.random.fold_in(jax.random.key(hyper["seed"]), step)
     new, moved = core.resample(
-      cfg, recipe, params, state, batch, key, axes=axes
+      cfg, recipe, params, state, batch, hyper, key, axes=axes
     )
 
     where = {"W_enc": moved, "W_dec": moved[:, None], "b_enc": moved}

@@ -1,5 +1,7 @@
 """What the loop trains: the dictionary's task, and what comes of it."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from gemma_jax.dictionaries import core, linear
 from gemma_jax.dictionaries.config import SELECTING
 from trainers import dictionary_step, loop
 from trainers.dictionary_plan import Member, Plan, grouped
+
+log = logging.getLogger("gemma_jax")
 
 EXAMPLES = 65_536  # rows from which initial latents are drawn
 # Below this many latents for each active one all of them cost less than the
@@ -73,15 +77,27 @@ def make(
   def init_args():
     batch = next(store.stream(rows, seed + 1, sites=p.sites))
     x, y = (np.asarray(side, np.float32) for side in _sides(p, batch))
+    inside = moments
+    if cfg.layer_norm:  # the constants are of what it makes
+      x = y = np.asarray(core.centre_tokens(jnp.asarray(x))[0])
+      inside = linear.moments([(x, y)])
     norm = core.normalisation(
-      moments,
+      inside,
       recipe,
       # The moments hold no norms; so many rows tell their mean well enough.
       mean_norm=float(np.linalg.norm(x, axis=1).mean()),
       parts=cfg.parts,
     )
+    if cfg.activation == "jumprelu":
+      _check_thresholds(recipe, norm, x)
     first = np.zeros(rows, bool)
     first[np.unique(x, axis=0, return_index=True)[1]] = True
+    if recipe.init == "examples" and first.sum() < widest:
+      raise ValueError(
+        f"{first.sum()} different inputs among {rows} cannot start {widest} "
+        "latents. Harvest more text, take a narrower dictionary, or "
+        "recipe.init='random'."
+      )
     return _keys(groups), norm, (ridge.linear, ridge.bias), (x, y, first)
 
   def batches(start, sharding):
@@ -121,6 +137,27 @@ def make(
     shown=("loss", "fvu", "l0", "dead_fraction"),
     watch=_watch,
   )
+
+
+def _check_thresholds(recipe, norm, x) -> None:
+  """Warns where JumpReLU's constants belong to inputs of another scale."""
+  x = (x[:4096] - norm.x_mean) @ norm.x_map
+  own = recipe.encoder_norm
+  own = recipe.decoder_norm if own is None else own
+  typical = float(own * np.sqrt(np.mean(np.square(x))))
+  for name in ("threshold_init", "bandwidth"):
+    value = getattr(recipe, name)
+    if not 1e-3 < value / typical < 30:
+      log.warning(
+        "recipe.%s=%.3g is of another scale than the pre-activations, whose "
+        "standard deviation under normalise=%r is about %.3g at the start. "
+        "Thresholds will not move, or nothing will fire: scale it, or "
+        "normalise otherwise.",
+        name,
+        value,
+        recipe.normalise,
+        typical,
+      )
 
 
 def _keys(groups):
@@ -176,24 +213,23 @@ def describe(p: Plan) -> str:
   )
 
 
-def _watch(row) -> list[str]:
-  """What a user should hear of before the end of the training."""
-  step, out = row["step"], []
+def _watch(row) -> dict[str, str]:
+  """What a user should hear of before the end, by kind of trouble."""
+  out = {}
   if row["dead_fraction"] > 0.9:
-    out.append(
-      f"step {step}: {row['dead_fraction']:.0%} of the latents are dead. Lower "
-      "the learning rate or the sparsity, or raise recipe.aux_coefficient."
+    out["dead"] = (
+      f"{row['dead_fraction']:.0%} of the latents are dead. Lower the learning "
+      "rate or the sparsity, or raise recipe.aux_coefficient."
     )
   if row["l0"] == 0:
-    out.append(
-      f"step {step}: no latent fires (L0 is 0). The sparsity coefficient is "
-      "too large, or the thresholds lie above every activation for this "
-      "normalisation."
+    out["silent"] = (
+      "no latent fires (L0 is 0). The sparsity coefficient is too large, or "
+      "the thresholds lie above every activation for this normalisation."
     )
   if row["fvu"] > 2:
-    out.append(
-      f"step {step}: FVU is {row['fvu']:.3g}, worse than predicting the mean. "
-      "The training diverges: lower the learning rate."
+    out["diverging"] = (
+      f"FVU is {row['fvu']:.3g}, worse than predicting the mean. The training "
+      "diverges: lower the learning rate."
     )
   return out
 

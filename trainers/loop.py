@@ -66,7 +66,7 @@ class Task:
     rule: (path of a leaf of the state, shape) -> PartitionSpec.
     by_row: how the rows of a batch are split.
     shown: metrics for the progress bar.
-    watch: (row of the log) -> what is wrong with it, a sentence each.
+    watch: (metrics of a member) -> {kind of trouble: a sentence}.
   """
 
   members: tuple[str, ...]
@@ -79,7 +79,7 @@ class Task:
   rule: Callable[[str, tuple[int, ...]], P]
   by_row: P
   shown: tuple[str, ...]
-  watch: Callable[[Mapping[str, Any]], list[str]] = lambda row: []
+  watch: Callable[[Mapping[str, float]], dict[str, str]] = lambda row: {}
 
 
 def train(
@@ -167,6 +167,13 @@ def train(
   )
   # Logs and checkpoints fall on the end of a dispatch.
   stride = math.gcd(steps_per_dispatch, log_every, checkpoint_every, steps)
+  if stride < steps_per_dispatch:
+    log.info(
+      "%d steps per dispatch, not %d: that many divide the steps, log_every "
+      "and checkpoint_every",
+      stride,
+      steps_per_dispatch,
+    )
 
   # ----------------------------------------------------------------- loop
   record = _Record(workdir, start, steps, batch_size, task, track)
@@ -261,23 +268,33 @@ class _Record:
     for name, step in zip(self._task.members, bad, strict=True):
       if step >= 0:
         self._warn(
+          (name, "bad"),
           f"{name}: the loss is not finite at step {step}; it stays as it was "
-          "there. Lower its learning rate."
+          "there. Lower its learning rate.",
         )
     row = {name: float(x[bad < 0].mean()) for name, x in found.items()}
     if len(bad) > 1:
       row["members"] = {name: x.tolist() for name, x in found.items()}
     return row
 
-  def _warn(self, message: str) -> None:
-    if message not in self._warned:
-      self._warned.add(message)
+  def _warn(self, about: tuple[str, str], message: str) -> None:
+    """Once for each member and kind of trouble."""
+    if about not in self._warned:
+      self._warned.add(about)
       log.warning("%s", message)
+
+  def _watch(self, step: int, row) -> None:
+    for i, name in enumerate(self._task.members):
+      own = row
+      if "members" in row:
+        own = {metric: x[i] for metric, x in row["members"].items()}
+      for kind, message in self._task.watch(own).items():
+        where = f"{name}, step {step}" if name else f"step {step}"
+        self._warn((name, kind), f"{where}: {message}")
 
   def write(self, step: int, metrics) -> None:
     row = self.check(metrics)
-    for message in self._task.watch({"step": step, **row}):
-      self._warn(message)
+    self._watch(step, row)
     now = time.perf_counter()
     rate = (step - self._at) * self._batch / max(now - self._began, 1e-9)
     self._began, self._at = now, step

@@ -29,6 +29,7 @@ DEFINITIONS = (
       "sum |y - y_hat|^2 / sum |y - mean(y)|^2 over all held-out tokens, mean "
       "over the same tokens, all latents."
     ),
+    "batch_size": "Rows in a batch, of which some numbers depend.",
     "fvu_interval": "95 % bootstrap interval of fvu over documents.",
     "fvu_prefixes": "The same with only the first n latents, every prefix.",
     "fvu_min": "Smallest of fvu_prefixes.",
@@ -146,6 +147,7 @@ def evaluate(
   by_prefix = [*(p.compute() for p in prefixes), numbers["fvu"]]
   interval = full.interval()
   numbers |= {
+    "batch_size": batch_size,
     "fvu_interval": None if interval is None else list(interval),
     "fvu_prefixes": dict(
       zip(map(str, cfg.prefix_widths), by_prefix, strict=True)

@@ -106,7 +106,8 @@ def _vocabulary(dictionary, index, model, count, to_text):
   gain = model.config.norm_offset + np.asarray(
     model.params["final_norm"], np.float32
   )
-  logits = np.asarray((decoder * gain) @ model.params["embed"].T, np.float32)
+  head = model.params["embed" if model.config.tied else "unembed"]
+  logits = np.asarray((decoder * gain) @ head.T, np.float32)
   order = np.argsort(logits, axis=1)
   return (
     [to_text(row[::-1][:count]) for row in order],

@@ -52,10 +52,12 @@ def write(
     for m in members
   ]
   with (workdir / "sweep.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, list(scalars[0]))
+    # Crosscoders lack some.
+    fields = dict.fromkeys(name for row in scalars for name in row)
+    writer = csv.DictWriter(file, list(fields))
     writer.writeheader()
     writer.writerows(scalars)
-  columns = ["name", *(c for c in COLUMNS if c in scalars[0])]
+  columns = ["name", *(c for c in COLUMNS if any(c in s for s in scalars))]
   log.info("\n%s", table(scalars, columns))
   folder = workdir / "plots"
   pictures = {
@@ -80,8 +82,7 @@ def write(
     )
   return write_page(
     workdir / "report.html",
-    title=f"{len(members)} dictionaries of {results['model']}: "
-    f"{' → '.join(dict.fromkeys(results['sites']))}",
+    title=f"{len(members)} dictionaries of {results['model']}",
     results={**results, "members": {m["name"]: dict(m) for m in members}},
     config=dict(config),
     plots={name: path for name, path in pictures.items() if path},

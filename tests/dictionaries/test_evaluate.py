@@ -185,6 +185,7 @@ def test_the_size_of_the_batches_changes_no_number(case, batch_size):
   numbers, latents, _ = evaluate(*case["args"], batch_size=batch_size, top=TOP)
   # Dealt within batches, and those that are about batches by definition.
   depend = {"fvu_shuffled", "fvu_batch", "ev_legacy", "relative_bias"}
+  depend.add("batch_size")
   for name, value in case["got"][0].items():
     if name in ("l0_percentiles", "density_histogram"):
       assert numbers[name] == value

@@ -17,6 +17,8 @@ import pytest
 from configs import gemma2b_transcoder
 from gemma_jax import dictionaries, metrics
 from gemma_jax.activations import ActivationStore
+from gemma_jax.dictionaries import core, linear
+from gemma_jax.dictionaries.recipe import preset
 from trainers import dictionary, dictionary_task, loop
 
 SMOKE = "configs/gemma2b_transcoder.py:smoke"
@@ -210,6 +212,38 @@ def test_an_sae_is_a_transcoder_from_a_site_to_itself(kind, tmp_path):
     assert results["l0"] <= 12
 
 
+def test_several_steps_in_one_dispatch_are_the_same_steps(tmp_path):
+  found = {}
+  for stride in (1, 5):
+    changes = {"train.steps_per_dispatch": stride, "train.steps": 20}
+    workdir = tmp_path / str(stride)
+    dictionary.run(smoke(**changes), workdir)
+    rows = loop.read_metrics(workdir / "metrics.jsonl")
+    found[stride] = [[row[n] for n in ("step", "fvu", "l0")] for row in rows]
+  np.testing.assert_allclose(found[5], found[1], rtol=1e-4)
+  assert len(found[5]) == 2
+
+
+def test_a_crosscoder_reads_and_writes_several_layers(tmp_path):
+  layers = ["blocks.1.resid_post", "blocks.2.resid_post"]
+  config = smoke(
+    **{
+      "activations.read": layers,
+      "activations.write": layers,
+      "dictionary.skip": False,
+      "train.steps": 40,
+    }
+  )
+  results = dictionary.run(config, tmp_path / "run")
+  found = dictionaries.load(tmp_path / "run")
+  assert found.config.parts == (48, 48)
+  assert found.params["W_dec"].shape == (768, 96)
+  assert results["sites"] == ["+".join(layers)] * 2
+  assert results["fvu"] < 0.9
+  assert "ce_spliced" not in results  # of one site only
+  assert (tmp_path / "run/report.html").exists()
+
+
 def test_a_batch_with_nan_stops_names_the_step_and_keeps_the_checkpoint(
   tmp_path, monkeypatch
 ):
@@ -290,3 +324,39 @@ def test_sigterm_saves_exits_zero_and_the_same_command_resumes(tmp_path):
   assert "resume with the same command" in stderr
   steps = [p.name for p in (workdir / "checkpoints").iterdir()]
   assert any(f"stopped at step {step}:" in stderr for step in steps)
+
+
+@pytest.mark.parametrize(
+  ("changes", "warned"),
+  [
+    ({}, []),
+    ({"bandwidth": 1e-5}, ["recipe.bandwidth=1e-05"]),
+    ({"normalise": "none", "target": "input"}, []),
+    ({"threshold_init": 1e3}, ["recipe.threshold_init=1e+03"]),
+  ],
+)
+def test_thresholds_of_another_scale_are_warned_of(changes, warned, caplog):
+  x = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
+  how = preset("default", "jumprelu", changes)
+  norm = core.normalisation(linear.moments([(x, x)]), how)
+  dictionary_task._check_thresholds(how, norm, x)
+  assert len(caplog.messages) == len(warned)
+  for message, start in zip(caplog.messages, warned, strict=True):
+    assert message.startswith(start)
+    assert "is about 0.7" in message
+
+
+@pytest.mark.parametrize(
+  ("row", "said"),
+  [
+    ({"dead_fraction": 0.2, "l0": 12, "fvu": 0.4}, []),
+    ({"dead_fraction": 0.95, "l0": 12, "fvu": 0.4}, ["95% of the latents"]),
+    ({"dead_fraction": 0.2, "l0": 0, "fvu": 0.4}, ["no latent fires"]),
+    ({"dead_fraction": 0.2, "l0": 12, "fvu": 7.0}, ["FVU is 7"]),
+  ],
+)
+def test_a_training_that_goes_wrong_is_told(row, said):
+  found = dictionary_task._watch(row)
+  assert len(found) == len(said)
+  for message, part in zip(found.values(), said, strict=True):
+    assert part in message

@@ -119,7 +119,10 @@ def slices(widths):
 
 def normalise(norm: Normalisation, x, y) -> tuple[jax.Array, jax.Array]:
   """Raw x [B, D] and y [B, E] in the coordinates of training, float32."""
-  x = (x.astype(jnp.float32) - norm.x_mean) @ norm.x_map
+  # GPUs would otherwise round the factors to TF32.
+  x = jnp.matmul(
+    x.astype(jnp.float32) - norm.x_mean, norm.x_map, precision="highest"
+  )
   y = (y.astype(jnp.float32) - norm.y_mean) / norm.y_scale
   return x, y
 

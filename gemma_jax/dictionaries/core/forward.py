@@ -12,12 +12,14 @@ def pre_activations(params, x, dtype=None) -> jax.Array:
   Args:
     params: of a dictionary.
     x: input; b_dec is not subtracted.
-    dtype: of the factors of the product; None leaves them.
+    dtype: of the factors of the product; None: float32, and on GPUs really so
+      (not TF32).
   """
   W = params["W_enc"]
   if dtype is not None:
     x, W = x.astype(dtype), W.astype(dtype)
-  z = jnp.matmul(x, W, preferred_element_type=jnp.float32)
+  precision = "highest" if dtype is None else None
+  z = jnp.matmul(x, W, precision=precision, preferred_element_type=jnp.float32)
   return z + params["b_enc"]
 
 

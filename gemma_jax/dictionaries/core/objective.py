@@ -96,7 +96,7 @@ def loss(
   if recipe.log_threshold and threshold is not None:
     params["threshold"] = threshold = jnp.exp(threshold)
   seen = Seen(x, y, b_in, rows, axes)
-  k = _annealed(recipe, hyper["k"], state.steps)
+  k = annealed(recipe, hyper["k"], state.steps)
 
   # ------------------------------------------------------- reconstruction
   if sparse:
@@ -138,6 +138,7 @@ def loss(
   limit = recipe.dead_after
   if recipe.dead_after_steps is not None:
     limit = (recipe.dead_after_steps + 1) * rows
+  limit = min(limit, FAR)
   metrics["l0"] = total(jnp.sum(fired), axes.latent) / rows
   metrics["dead_fraction"] = (
     total(jnp.sum(since >= limit), axes.latent) / cfg.width
@@ -232,7 +233,8 @@ def _ramp(length: float, steps) -> jax.Array:
   return jnp.clip(steps / length, 0, 1) if length else jnp.ones(())
 
 
-def _annealed(recipe, k, steps):
+def annealed(recipe, k, steps):
+  """The k of a step."""
   if recipe.k_start is None:
     return k
   left = 1 - _ramp(recipe.k_anneal, steps)

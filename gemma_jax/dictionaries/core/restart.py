@@ -19,7 +19,7 @@ from gemma_jax.dictionaries.core.coordinates import (
   normalise,
   unit,
 )
-from gemma_jax.dictionaries.core.objective import Seen, dense
+from gemma_jax.dictionaries.core.objective import FAR, Seen, annealed, dense
 from gemma_jax.dictionaries.recipe import Recipe
 
 
@@ -29,6 +29,7 @@ def resample(
   params,
   state: State,
   batch,
+  hyper,
   key: jax.Array,
   *,
   axes: Axes = ALONE,
@@ -47,6 +48,7 @@ def resample(
     params: parameters.
     state: after the step.
     batch: raw, as for `loss`.
+    hyper: as for `loss`.
     key: random key, the same on all devices.
     axes: of the mesh.
 
@@ -65,7 +67,8 @@ def resample(
   if recipe.log_threshold and "threshold" in params:
     acting["threshold"] = jnp.exp(params["threshold"])
   seen = Seen(x, y, b_in, rows, axes)
-  written, _, _ = dense(cfg, recipe, acting, seen, cfg.k)
+  k = annealed(recipe, hyper["k"], state.steps)
+  written, _, _ = dense(cfg, recipe, acting, seen, k)
   base = params["b_dec"] + (x @ params["W_skip"] if cfg.skip else 0)
   left = y - base - join(written, axes.latent).sum(0)
 
@@ -77,7 +80,8 @@ def resample(
   error = everywhere(jnp.linalg.norm(left, axis=-1))
   noise = jax.random.gumbel(key, error.shape)
   order = jax.lax.top_k(jnp.log(error + 1e-12) + noise, rows)[1]
-  dead = state.since_fired >= recipe.resample_every // 2 * rows
+  limit = min(recipe.resample_every // 2 * rows, FAR)
+  dead = state.since_fired >= limit
   everyone = gather(dead, axes.latent)
   rank = jnp.cumsum(everyone) - 1
   here = offset(axes.latent, len(dead))

@@ -193,7 +193,7 @@ def against(args, system, activation) -> dict:
   }
 
 
-def own(args, name, *runs) -> list[float]:
+def own(args, *runs) -> list[float]:
   """Microseconds a token of several of our own steps, by turns."""
   for run in runs:
     run(args.warm)
@@ -207,10 +207,11 @@ def own(args, name, *runs) -> list[float]:
 def sweep(args) -> dict:
   """A sweep of members on one stream against one member."""
   x = planted(args.batch * args.batches, args.d)
-  how = preset("default", "batchtopk", {"learning_rate": RATE})
+  how = preset(
+    "default", "batchtopk", {"init": "random", "learning_rate": RATE}
+  )
   one, all_ = own(
     args,
-    "sweep",
     Ours(args, x, "batchtopk", how),
     Ours(args, x, "batchtopk", how, args.members),
   )
@@ -239,7 +240,6 @@ def crossover(args) -> list[dict]:
       )
       sparse, dense = own(
         args,
-        activation,
         Ours(args, x, activation, how),
         Ours(args, x, activation, how, sparse=False),
       )

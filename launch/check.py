@@ -6,8 +6,8 @@ JAX takes the GPUs, which belong to the runs.
 
 import importlib
 import itertools
+import json
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,14 +31,14 @@ def faults(
   """
   done = subprocess.run(
     [sys.executable, "-m", "launch.check"],
-    input=pickle.dumps(list(configs)),
+    input=json.dumps(list(configs)).encode(),
     env={**env, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
   )
   if done.returncode:
     last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
     raise OSError(f"The configs could not be checked: {''.join(last)}")
-  return pickle.loads(done.stdout)
+  return json.loads(done.stdout)
 
 
 def require_sound(
@@ -91,10 +91,10 @@ def _fault(config: Mapping[str, Any]) -> str | None:
 
 
 def main() -> None:
-  answers = os.fdopen(os.dup(1), "wb")
+  answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)  # what a job prints is no answer
   with answers:
-    pickle.dump([_fault(c) for c in pickle.load(sys.stdin.buffer)], answers)
+    json.dump([_fault(c) for c in json.load(sys.stdin)], answers)
 
 
 if __name__ == "__main__":

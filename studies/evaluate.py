@@ -18,7 +18,7 @@ import scipy.sparse
 from jax.tree_util import Partial
 
 from gemma_jax import dictionaries, metrics, models, probing
-from gemma_jax.dictionaries import defaults, evaluate, linear
+from gemma_jax.dictionaries import evaluate, linear
 from gemma_jax.metrics import faithfulness
 from gemma_jax.models import sites
 from gemma_jax.probing import absorption, explain, noise, sparse, vocabulary
@@ -104,8 +104,7 @@ def prepare(config: Mapping[str, Any]):
     if not cfg.read or not cfg.write:
       raise ValueError(f"{path} does not say which sites it reads and writes.")
     for site, width in ((cfg.read, cfg.d_in), (cfg.write, cfg.d_out)):
-      parts = site.split("+")
-      own = defaults.of(model, tuple(parts), tuple(parts)).d_in
+      own = sum(sites.width(part, model) for part in site.split("+"))
       if own != width:
         raise ValueError(
           f"{path} has vectors of {width} at {site}, where {name} has {own}. "
@@ -135,9 +134,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   about = models.read_config(directory)
   streams = stores.windows(config["data"], directory, about)
   mesh = models.make_mesh(config["mesh"])
-  dtype = config["model"]["dtype"]
-  if dtype is None:
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  dtype = stores.default_dtype(config["model"]["dtype"])
   capture = sorted(
     {
       site
@@ -212,10 +209,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
 
 def _splice(config, model, d, moments, windows) -> dict[str, Any]:
   """What the model loses with the dictionary or an ablation in the place."""
-  own = config["eval"]
-  enough = np.cumsum(windows.mask.sum(1)) >= own["splice_tokens"]
-  count = int(np.argmax(enough)) + 1 if enough.any() else len(enough)
-  ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+  count, batch_size = stores.splice_sample(windows, config["eval"], model.mesh)
 
   def spliced(params, x, y):
     return dictionaries.Dictionary(d.config, params).reconstruct(x)
@@ -230,7 +224,7 @@ def _splice(config, model, d, moments, windows) -> dict[str, Any]:
     },
     read=d.config.read,
     write=d.config.write,
-    batch_size=-(-own["splice_batch_size"] // ways) * ways,
+    batch_size=batch_size,
     document=windows.document[:count],
   ).summary()
   spliced = summary["spliced"]

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 
 from gemma_jax import dictionaries, metrics, models
@@ -227,10 +226,7 @@ def _last(rows, name: str, member: int) -> float:
 
 def _splice(p: Plan, model, trained, ridge, windows) -> list[dict[str, Any]]:
   """What the model loses with each dictionary in the site's place."""
-  own = p.config["eval"]
-  enough = np.cumsum(windows.mask.sum(1)) >= own["splice_tokens"]
-  count = int(np.argmax(enough)) + 1 if enough.any() else len(enough)
-  ways = p.mesh.shape["data"] * p.mesh.shape["fsdp"]
+  count, batch_size = stores.splice_sample(windows, p.config["eval"], p.mesh)
 
   def spliced(cfg, params, x, y):
     out = dictionaries.Dictionary(cfg, params).reconstruct(x)
@@ -253,7 +249,7 @@ def _splice(p: Plan, model, trained, ridge, windows) -> list[dict[str, Any]]:
     },
     read=p.dictionary.read,
     write=p.dictionary.write,
-    batch_size=-(-own["splice_batch_size"] // ways) * ways,
+    batch_size=batch_size,
   )
   ce = {name: value["ce"] for name, value in loss.items()}
   recovered = metrics.ce_recovered

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from gemma_jax.dictionaries import defaults
+from gemma_jax.models import sites
 from trainers import dictionary_task
 from trainers.dictionary_plan import prepare
 
@@ -40,7 +40,7 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
   )
   step = sum(_step_flops(member.config, sparse) for member in p.members)
   stored = jnp.dtype(config["activations"]["dtype"]).itemsize
-  row = sum(_site_widths(p)) * stored
+  row = sum(sites.width(site, p.model) for site in p.stored) * stored
   widest = max(member.config.width for member in p.members)
   return {
     "model": f"{p.model.family}, {p.depth} of {p.model.num_layers} layers run",
@@ -75,14 +75,6 @@ def _step_flops(cfg, sparse) -> int:
   # Gradient of the encoder; decoder, its gradient and that of the latents.
   rest = 2 * cfg.d_in + 6 * cfg.d_out
   return encoder + int(rest * (cfg.k if sparse else cfg.width))
-
-
-def _site_widths(p):
-  """Of every site that is stored."""
-  widths = {
-    name: defaults.of(p.model, (name,), (name,)).d_in for name in p.stored
-  }
-  return widths.values()
 
 
 def _size(count: float) -> str:

@@ -13,7 +13,7 @@ from gemma_jax.dictionaries import defaults
 from gemma_jax.dictionaries.config import SELECTING, DictionaryConfig
 from gemma_jax.dictionaries.recipe import Recipe, preset
 from gemma_jax.models import sites
-from trainers import fields, track
+from trainers import fields, stores, track
 
 AXES = ("member", "data", "latent")  # of the training's mesh
 OPTIONAL = (list, tuple, type(None))
@@ -156,8 +156,7 @@ class Plan:
   @property
   def dtype(self) -> str:
     """Of the model's parameters and compute."""
-    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return self.config["model"]["dtype"] or default
+    return stores.default_dtype(self.config["model"]["dtype"])
 
 
 def prepare(

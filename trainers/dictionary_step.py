@@ -79,14 +79,17 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 def hypers(group: tuple[Member, ...], recipe: Recipe) -> dict[str, np.ndarray]:
   """What differs between the members of a group, each [S]."""
-  values = {
-    "k": [m.config.k or 0.0 for m in group],
-    "sparsity": [m.sparsity for m in group],
-    "aux": [recipe.aux_coefficient for _ in group],
-    "learning_rate": [m.learning_rate for m in group],
+  own = [
+    core.hyper(
+      m.config, dataclasses.replace(recipe, sparsity_coefficient=m.sparsity)
+    )
+    for m in group
+  ]
+  return {
+    **{name: np.stack([h[name] for h in own]) for name in own[0]},
+    "learning_rate": np.array([m.learning_rate for m in group], np.float32),
+    "seed": np.array([m.seed for m in group], np.uint32),
   }
-  values = {name: np.asarray(v, np.float32) for name, v in values.items()}
-  return values | {"seed": np.asarray([m.seed for m in group], np.uint32)}
 
 
 def widest(group: tuple[Member, ...]) -> DictionaryConfig:

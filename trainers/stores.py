@@ -4,6 +4,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from gemma_jax import activations, data, models
@@ -58,6 +60,28 @@ def windows(
     )
     for name, side in zip(("train", "heldout"), sides, strict=True)
   }
+
+
+def default_dtype(asked: str | None) -> str:
+  """Of a model's parameters and compute, where a config leaves it open."""
+  default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return asked or default
+
+
+def splice_sample(
+  windows: data.Windows, config: Mapping[str, Any], mesh: Mesh
+) -> tuple[int, int]:
+  """How many windows hold `splice_tokens`, and a batch that the mesh divides.
+
+  Args:
+    windows: held-out.
+    config: `eval` of a job's config.
+    mesh: of the model.
+  """
+  enough = np.cumsum(windows.mask.sum(1)) >= config["splice_tokens"]
+  count = int(np.argmax(enough)) + 1 if enough.any() else len(enough)
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  return count, -(-config["splice_batch_size"] // ways) * ways
 
 
 def harvest(

@@ -42,18 +42,10 @@ def of(
     read: sites, as "blocks.6.mlp_in".
     write: sites.
   """
-  widths = {"attn_z": model.num_heads * model.head_dim}
-  widths["mlp_hidden"] = model.mlp_width
-
-  def sizes(names):
-    return tuple(
-      widths.get(sites.parse(name, model).name, model.width) for name in names
-    )
-
-  parts = sizes(write)
+  parts = tuple(sites.width(site, model) for site in write)
   wide = max(parts)
   return Defaults(
-    d_in=sum(sizes(read)),
+    d_in=sum(sites.width(site, model) for site in read),
     d_out=sum(parts),
     parts=parts if len(parts) > 1 else (),
     width=EXPANSION * wide,

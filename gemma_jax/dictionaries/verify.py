@@ -180,7 +180,7 @@ def _places(cfg: DictionaryConfig, model: ModelConfig):
     found = tuple(sites_lib.parse(name, model) for name in joined.split("+"))
     if any(site.layer is None for site in found):
       raise ValueError(f"{end}={joined!r} names all layers; expected one.")
-    got = sum(_width(model, site.name) for site in found)
+    got = sum(sites_lib.width(site, model) for site in found)
     if got != width:
       raise ValueError(
         f"The dictionary {end}s vectors of width {width}, and {joined} of this "
@@ -191,14 +191,6 @@ def _places(cfg: DictionaryConfig, model: ModelConfig):
   return tuple(places)
 
 
-def _width(model: ModelConfig, name: str) -> int:
-  special = {
-    "attn_z": model.num_heads * model.head_dim,
-    "mlp_hidden": model.mlp_width,
-  }
-  return special.get(name, model.width)
-
-
 def _neighbours(read, write, cfg, model: Model):
   """Places of the same width, in the same layers and in those beside them."""
 
@@ -206,7 +198,7 @@ def _neighbours(read, write, cfg, model: Model):
     for name in filter(known.__contains__, names):
       other = tuple(Site(s.layer + by, name) for s in place)
       widths = [
-        [_width(model.config, s.name) for s in p] for p in (other, place)
+        [sites_lib.width(s, model.config) for s in p] for p in (other, place)
       ]
       if widths[0] == widths[1] and all(s.layer in loaded for s in other):
         yield other

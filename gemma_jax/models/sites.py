@@ -104,6 +104,17 @@ def parse(site: str, cfg: ModelConfig) -> Site:
   return Site(None if layer == "*" else int(layer), known[short])
 
 
+def width(site: str | Site, cfg: ModelConfig) -> int:
+  """Length of the vectors of a site, parsed or still to `parse`."""
+  if isinstance(site, str):
+    site = parse(site, cfg)
+  special = {
+    "attn_z": cfg.num_heads * cfg.head_dim,
+    "mlp_hidden": cfg.mlp_width,
+  }
+  return special.get(site.name, cfg.width)
+
+
 def last_layer(sites: tuple[str, ...], cfg: ModelConfig) -> int:
   """The number of blocks that must run to produce all of `sites`."""
   layers = [parse(site, cfg).layer for site in sites]

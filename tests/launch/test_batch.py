@@ -300,7 +300,6 @@ def test_results_of_a_config_that_has_changed_are_not_taken(batch, toy):
 
 # ---------------------------------------------------------------------- slurm
 def test_a_job_array_is_submitted_and_summarised(batch, tmp_path):
-  pytest.importorskip("submitit")
   args = ["--grid=config.x=1,2", "--slurm", "--slurm_cluster=local"]
   done = batch(*args, "--slurm_gpus_per_job=0", "--config.fails=2")
   assert done.returncode == 1, done.stderr
@@ -311,7 +310,6 @@ def test_a_job_array_is_submitted_and_summarised(batch, tmp_path):
 
 
 def test_without_slurm_one_is_told_so(batch, tmp_path):
-  pytest.importorskip("submitit")
   done = batch("--grid=config.x=1", "--slurm")
   assert done.returncode == 1
   assert 'Could not detect "srun"' in done.stderr

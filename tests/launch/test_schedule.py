@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+import submitit
 
 from gemma_jax.activations import claim
 from gemma_jax.activations.storage import Location
@@ -225,7 +226,6 @@ def test_states(tmp_path):
 
 # ---------------------------------------------------------------------- slurm
 def test_a_job_that_slurm_takes_saves_and_is_queued_again(make, tmp_path):
-  submitit = pytest.importorskip("submitit")
   code = (
     "import os, pathlib, signal, sys, time\n"
     "open('starts', 'a').write('.')\n"
@@ -248,7 +248,6 @@ def test_a_job_that_slurm_takes_saves_and_is_queued_again(make, tmp_path):
 
 
 def test_what_slurm_is_asked_for(monkeypatch, tmp_path):
-  pytest.importorskip("submitit")
   (tmp_path / "srun").touch(0o755)
   sbatch = tmp_path / "sbatch"
   sbatch.write_text(

@@ -119,12 +119,16 @@ def slices(widths):
 
 def normalise(norm: Normalisation, x, y) -> tuple[jax.Array, jax.Array]:
   """Raw x [B, D] and y [B, E] in the coordinates of training, float32."""
+  y = (y.astype(jnp.float32) - norm.y_mean) / norm.y_scale
+  return normalise_input(norm, x), y
+
+
+def normalise_input(norm: Normalisation, x) -> jax.Array:
+  """Raw x [B, D] in the coordinates of training, float32."""
   # GPUs would otherwise round the factors to TF32.
-  x = jnp.matmul(
+  return jnp.matmul(
     x.astype(jnp.float32) - norm.x_mean, norm.x_map, precision="highest"
   )
-  y = (y.astype(jnp.float32) - norm.y_mean) / norm.y_scale
-  return x, y
 
 
 def centre_tokens(x) -> tuple[jax.Array, jax.Array, jax.Array]:

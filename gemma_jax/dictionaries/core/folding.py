@@ -8,6 +8,7 @@ from gemma_jax.dictionaries.config import DictionaryConfig
 from gemma_jax.dictionaries.core.coordinates import (
   Normalisation,
   centre_tokens,
+  normalise_input,
   row_norms,
 )
 from gemma_jax.dictionaries.core.forward import pre_activations
@@ -33,7 +34,7 @@ def calibrate(
   """
   if cfg.layer_norm:
     x = centre_tokens(x)[0]
-  x = (x.astype(jnp.float32) - norm.x_mean) @ norm.x_map
+  x = normalise_input(norm, x)
   if recipe.subtract_b_dec and not cfg.is_transcoder:
     x = x - params["b_dec"]
   z = pre_activations(params, x)

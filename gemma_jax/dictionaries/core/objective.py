@@ -81,21 +81,10 @@ def loss(
   """
   _check(cfg, recipe)
   sparse &= cfg.activation in SELECTING and recipe.sparsity == "none"
-  x, y = batch["x"], batch["y"]
-  if cfg.layer_norm:
-    x, y = centre_tokens(x)[0], centre_tokens(y)[0]
-  x, y = normalise(state.norm, x, y)
-  rows = len(x) * size(axes.data)
-  params = dict(params)
+  params, seen = see(cfg, recipe, params, state, batch, axes)
+  x, y, rows = seen.x, seen.y, seen.rows
   if not recipe.train_b_enc:
     params["b_enc"] = jax.lax.stop_gradient(params["b_enc"])
-  b_in = jnp.zeros(cfg.d_in)
-  if recipe.subtract_b_dec and not cfg.is_transcoder:
-    b_in = spread(params["b_dec"], axes.latent)
-  threshold = params.get("threshold")
-  if recipe.log_threshold and threshold is not None:
-    params["threshold"] = threshold = jnp.exp(threshold)
-  seen = Seen(x, y, b_in, rows, axes)
   k = annealed(recipe, hyper["k"], state.steps)
 
   # ------------------------------------------------------- reconstruction
@@ -151,7 +140,7 @@ def loss(
     metrics["sparsity_loss"] = term
     objective = objective + ramp * hyper["sparsity"] * term
     if recipe.pre_activation_coefficient:
-      below = jax.nn.relu(threshold - z) * (counted >= limit)
+      below = jax.nn.relu(params["threshold"] - z) * (counted >= limit)
       below = jnp.sum(below * _weights(cfg, recipe, params))
       below = join(below, axes.both) / rows
       objective = objective + recipe.pre_activation_coefficient * below
@@ -213,6 +202,24 @@ class Seen(NamedTuple):
   def read(self):
     """What the encoder reads."""
     return self.x - self.b_in
+
+
+def see(cfg, recipe, params, state, batch, axes) -> tuple[dict, Seen]:
+  """A raw batch as the dictionary sees it, and its parameters as they act.
+
+  The trained logarithm of a threshold becomes the threshold.
+  """
+  x, y = batch["x"], batch["y"]
+  if cfg.layer_norm:
+    x, y = centre_tokens(x)[0], centre_tokens(y)[0]
+  x, y = normalise(state.norm, x, y)
+  params = dict(params)
+  if recipe.log_threshold and "threshold" in params:
+    params["threshold"] = jnp.exp(params["threshold"])
+  b_in = jnp.zeros(cfg.d_in)
+  if recipe.subtract_b_dec and not cfg.is_transcoder:
+    b_in = spread(params["b_dec"], axes.latent)
+  return params, Seen(x, y, b_in, len(x) * size(axes.data), axes)
 
 
 class _Acts(NamedTuple):

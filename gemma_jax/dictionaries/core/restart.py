@@ -9,17 +9,14 @@ from gemma_jax.dictionaries.axes import (
   gather,
   join,
   offset,
-  size,
   total,
 )
 from gemma_jax.dictionaries.config import DictionaryConfig
 from gemma_jax.dictionaries.core.coordinates import (
   State,
-  centre_tokens,
-  normalise,
   unit,
 )
-from gemma_jax.dictionaries.core.objective import FAR, Seen, annealed, dense
+from gemma_jax.dictionaries.core.objective import FAR, annealed, dense, see
 from gemma_jax.dictionaries.recipe import Recipe
 
 
@@ -55,18 +52,8 @@ def resample(
   Returns:
     The parameters, and which latents [M] moved.
   """
-  x, y = batch["x"], batch["y"]
-  if cfg.layer_norm:
-    x, y = centre_tokens(x)[0], centre_tokens(y)[0]
-  x, y = normalise(state.norm, x, y)
-  rows = len(x) * size(axes.data)
-  b_in = jnp.zeros(cfg.d_in)
-  if recipe.subtract_b_dec and not cfg.is_transcoder:
-    b_in = params["b_dec"]
-  acting = dict(params)
-  if recipe.log_threshold and "threshold" in params:
-    acting["threshold"] = jnp.exp(params["threshold"])
-  seen = Seen(x, y, b_in, rows, axes)
+  acting, seen = see(cfg, recipe, params, state, batch, axes)
+  x, y, rows = seen.x, seen.y, seen.rows
   k = annealed(recipe, hyper["k"], state.steps)
   written, _, _ = dense(cfg, recipe, acting, seen, k)
   base = params["b_dec"] + (x @ params["W_skip"] if cfg.skip else 0)

@@ -1,0 +1,29 @@
+"""Trainings by other systems, in the environment that has them."""
+
+import json
+import os
+import pathlib
+import subprocess
+
+SCRIPT = pathlib.Path(__file__).with_name("dictionary_peer.py")
+
+
+def train(args, case, out, rows) -> None:
+  """A whole training, with the schedules of SAEBench's baselines.
+
+  Args:
+    args: with `peers` (the interpreter), `steps` and `batch`.
+    case: "system", "activation", "k", "d", "width", "learning_rate", "seed".
+    out: where its weights go, NPZ.
+    rows: of all steps, NPY.
+  """
+  case = case | {
+    "batch": args.batch,
+    "steps": args.steps,
+    "warmup": args.steps // 10,
+    "decay": args.steps // 5,
+    "decay_start": args.steps - args.steps // 5,
+    "threads": os.cpu_count(),
+  }
+  command = [args.peers, SCRIPT, json.dumps(case), out, rows]
+  subprocess.run([str(part) for part in command], check=True)

@@ -23,7 +23,7 @@ import peers
 from configs import gemma3_sae
 from gemma_jax import activations, dictionaries
 from gemma_jax.dictionaries import core, evaluate, linear
-from gemma_jax.dictionaries.recipe import preset
+from gemma_jax.dictionaries.presets import preset
 from studies import jobs
 
 SITE = "blocks.9.resid_post"
@@ -123,7 +123,7 @@ def measured(d, store, ridge, mean) -> dict:
 
 
 def main():
-  logging.basicConfig(level=logging.INFO)
+  logging.basicConfig(level=logging.INFO, force=True)
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--peers", required=True)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)

@@ -22,7 +22,7 @@ import scipy.optimize
 
 from gemma_jax import models
 from gemma_jax.dictionaries import DictionaryConfig, core, linear
-from gemma_jax.dictionaries.recipe import preset
+from gemma_jax.dictionaries.presets import preset
 from trainers import dictionary_step
 from trainers.dictionary_plan import AXES, Member
 

@@ -13,9 +13,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# The cheap checks that a job may have, of which the first is taken.
-NAMES = ("prepare", "check")
-
 
 def faults(
   configs: Sequence[Mapping[str, Any]], env: Mapping[str, str]
@@ -80,10 +77,8 @@ def _fault(config: Mapping[str, Any]) -> str | None:
     job = importlib.import_module(config["job"])
     if not hasattr(job, "run"):
       return f"config.job={config['job']!r} has no run(config, workdir)."
-    for name in NAMES:
-      if hasattr(job, name):
-        getattr(job, name)(config)
-        break
+    if hasattr(job, "prepare"):  # the cheap checks
+      job.prepare(config)
   except Exception as e:  # whatever it is, the run would meet it too
     known = isinstance(e, ValueError | OSError | ImportError)
     return str(e) if known else f"{type(e).__name__}: {e}"

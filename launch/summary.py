@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gemma_jax import tables
 from launch import grid
 
 METRICS = (
@@ -56,7 +57,7 @@ def row(
 def headline(row: Mapping[str, Any]) -> str:
   """How a run ended, in a line."""
   parts = [
-    f"{name} {_text(row[name])}" for name in ("fvu", "l0") if name in row
+    f"{name} {tables.text(row[name])}" for name in ("fvu", "l0") if name in row
   ]
   if row["seconds"] is not None:
     parts.append(f"{row['seconds']:.0f} s")
@@ -77,13 +78,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   columns = grid.labels(keys) or {"run": "run"}
   found = [key for key in METRICS if any(key in row for row in rows)]
   columns |= {key: key for key in (*found, "status", "seconds")}
-  cells = [list(columns.values())]
-  cells += [[_text(row.get(key)) for key in columns] for row in rows]
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  return "\n".join(
-    "  ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True))
-    for line in cells
-  )
+  return tables.aligned(rows, columns)
 
 
 def write(
@@ -110,13 +105,7 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   short = grid.labels(keys)
   out = []
   for row in rows:
-    names = [f"{short[key]}={_text(row[key])}" for key in keys]
+    names = [f"{short[key]}={tables.text(row[key])}" for key in keys]
     found = {key: row[key] for key in ("l0", "fvu", "delta_ce") if key in row}
     out.append({"name": ", ".join(names), "group": "".join(names[:1]), **found})
   return out
-
-
-def _text(value) -> str:
-  if value is None:
-    return "-"
-  return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax import activations, dictionaries
+from gemma_jax import activations, dictionaries, tables
 from gemma_jax.dictionaries import core
-from gemma_jax.report.sweep import table
 from studies import jobs
 from trainers import dictionary, fields
 
@@ -62,7 +61,7 @@ DEFINITIONS = {
 
 def plan(config: Mapping[str, Any]) -> dict[str, Any]:
   """What would be done, for `--dry_run`."""
-  return {read: dictionary.plan(run) for read, run in _runs(config).items()}
+  return {read: dictionary.plan(run) for read, run in prepare(config).items()}
 
 
 def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
@@ -77,7 +76,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   """
   workdir = pathlib.Path(workdir)
   config = json.loads(json.dumps(dict(config)))
-  runs = _runs(config)
+  runs = prepare(config)
   fields.claim(workdir, config)
   rows = []
   for read, one in runs.items():
@@ -93,8 +92,8 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     for name in aligned[0]:
       row[name] = float(np.mean([a[name] for a in aligned]))
     rows.append(row)
-  log.info("\n%s", table(rows, COLUMNS))
-  (workdir / "table.md").write_text(markdown(rows, COLUMNS))
+  log.info("\n%s", tables.aligned(rows, COLUMNS))
+  (workdir / "table.md").write_text(tables.markdown(rows, COLUMNS))
   results = {
     "rows": rows,
     "model": config["run"]["model"]["name"],
@@ -106,8 +105,12 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   return results
 
 
-def _runs(config) -> dict[str, dict]:
-  """A checked config of `trainers.dictionary` for every site."""
+def prepare(config) -> dict[str, dict]:
+  """A checked config of `trainers.dictionary` for every site.
+
+  Raises:
+    ValueError: no mlp_in, or what `trainers.dictionary` refuses.
+  """
   fields.check(config, FIELDS)
   if "mlp_in" not in config["reads"]:
     raise ValueError(
@@ -128,17 +131,6 @@ def _runs(config) -> dict[str, dict]:
     )
     dictionary.prepare(out[read])
   return out
-
-
-def markdown(rows, columns) -> str:
-  """Rows as a Markdown table, numbers to four digits."""
-
-  def text(value):
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-  lines = [columns, ["---"] * len(columns)]
-  lines += [[text(row[name]) for name in columns] for row in rows]
-  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _alignment(member: Mapping[str, Any]) -> dict[str, float]:

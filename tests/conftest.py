@@ -23,7 +23,7 @@ if WITHOUT_TORCH:
 
 
 # Long tests begin first, so that no worker is left with one at the end.
-LONG = ("trainers/test_dictionary.py", "launch/", "studies/", "activations/")
+LONG = ("trainers/", "launch/", "studies/", "activations/")
 
 
 def pytest_collection_modifyitems(config, items):

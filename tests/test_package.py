@@ -18,6 +18,7 @@ FLOORS = {
   "gemma_jax.checkpoints": 0,
   "gemma_jax.machine": 0,
   "gemma_jax.progress": 0,
+  "gemma_jax.tables": 0,
   "gemma_jax.models": 1,
   "gemma_jax.data": 1,
   "gemma_jax.metrics": 1,

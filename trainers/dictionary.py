@@ -55,6 +55,7 @@ SPLICE_DEFINITIONS = {
     "Over the training steps, compilation and checkpoints included."
   ),
   "l0_train": "L0 in training, over the last log interval.",
+  "diverged_at": "Step after which it stayed as it was; None: to the end.",
   "k": "Asked for.",
   "learning_rate": "Peak.",
   "sparsity": "Coefficient of the sparsity term.",
@@ -129,6 +130,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   # GPUs would otherwise round the factors of float32 products to TF32.
   with jax.default_matmul_precision("highest"):
     trained = dictionary_task.finish(p, state, stored["heldout"])
+    bad = [int(step) for step in state.first_bad]
     del state
     for member, dictionary, _ in trained:
       dictionary.save(place(workdir, member.name) / "dictionary")
@@ -158,6 +160,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
       **losses,
       **thresholds,
       "l0_train": _last(rows, "l0", i),
+      "diverged_at": bad[i] if bad[i] >= 0 else None,
     }
     for i, ((member, _, thresholds), (numbers, *_), losses) in enumerate(
       zip(trained, measured, spliced, strict=True)

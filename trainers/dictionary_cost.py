@@ -30,7 +30,7 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
       group, name = path[1].idx, path[2].key
       several = f"{name} of group {group}" if group else name
       table[several] = f"{x.dtype}{list(x.shape)} {split}"
-  train, sparse = p.config["train"], dictionary_task.is_sparse(p)
+  train, sparse = p.config["train"], p.sparse
   tokens = train["steps"] * p.batch_size
   rows = p.batch_size // mesh.shape["data"]
   harvested = config["data"]["train_tokens"] + config["data"]["heldout_tokens"]

@@ -6,16 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from gemma_jax import activations, dictionaries, models
-from gemma_jax.dictionaries import defaults
+from gemma_jax.dictionaries import core, defaults
 from gemma_jax.dictionaries.config import SELECTING, DictionaryConfig
-from gemma_jax.dictionaries.recipe import Recipe, preset
+from gemma_jax.dictionaries.presets import preset
+from gemma_jax.dictionaries.recipe import Recipe
 from gemma_jax.models import sites
 from trainers import fields, stores, track
 
 AXES = ("member", "data", "latent")  # of the training's mesh
+# Below this many latents for each active one all of them cost less than the
+# bookkeeping of a few: benchmarks/dictionary.py --crossover.
+SPARSE_FROM = 16
 OPTIONAL = (list, tuple, type(None))
 SITES = (str, list, tuple)  # several are a crosscoder's
 FIELDS = {
@@ -158,6 +163,28 @@ class Plan:
     """Of the model's parameters and compute."""
     return stores.default_dtype(self.config["model"]["dtype"])
 
+  @property
+  def members_at_once(self) -> int:
+    """Members over which a device vectorises.
+
+    A CPU's caches hold one; accelerators fill up with all.
+    """
+    asked = self.config["train"]["members_at_once"]
+    if asked is not None:
+      return max(1, asked)
+    return 1 if jax.default_backend() == "cpu" else len(self.members)
+
+  @property
+  def sparse(self) -> bool:
+    """Whether the step touches active latents only; see `SPARSE_FROM`."""
+    if not core.can_be_sparse(self.dictionary, self.recipe):
+      return False
+    asked = self.config["train"]["sparse"]
+    if asked is not None:
+      return asked
+    most = max(m.config.k for m in self.members)
+    return min(m.config.width for m in self.members) >= SPARSE_FROM * most
+
 
 def prepare(
   config: Mapping[str, Any], model: models.ModelConfig | None = None
@@ -225,7 +252,7 @@ def prepare(
         f"{count} members of width {width} do not divide over the "
         f"{train_mesh.shape['member']} devices of train.mesh.member."
       )
-  return Plan(
+  found = Plan(
     dict(config),
     model,
     recipe,
@@ -238,6 +265,17 @@ def prepare(
     train_mesh,
     sites.last_layer((*read, *write, *also), model),
   )
+  wide = max(m.config.width for m in members)
+  counts = found.dictionary.activation == "batchtopk" and (
+    not found.sparse or recipe.resample_every
+  )
+  if counts and batch_size * wide > np.iinfo(np.int32).max:
+    raise ValueError(
+      f"train.batch_size={batch_size} times dictionary.width={wide} is more "
+      "activations than BatchTopK over all latents can count (2^31 - 1). Take "
+      "smaller batches, or train.sparse=True without recipe.resample_every."
+    )
+  return found
 
 
 def _sites(config, model) -> list[tuple[str, ...]]:

@@ -10,16 +10,12 @@ from jax.sharding import PartitionSpec as P
 from gemma_jax import dictionaries
 from gemma_jax.activations import ActivationStore
 from gemma_jax.dictionaries import core, linear
-from gemma_jax.dictionaries.config import SELECTING
 from trainers import dictionary_step, loop
 from trainers.dictionary_plan import Member, Plan, grouped
 
 log = logging.getLogger("gemma_jax")
 
 EXAMPLES = 65_536  # rows from which initial latents are drawn
-# Below this many latents for each active one all of them cost less than the
-# bookkeeping of a few: benchmarks/dictionary.py --crossover.
-SPARSE_FROM = 16
 
 
 def make(
@@ -85,7 +81,9 @@ def make(
       inside,
       recipe,
       # The moments hold no norms; so many rows tell their mean well enough.
-      mean_norm=float(np.linalg.norm(x, axis=1).mean()),
+      mean_norms=tuple(
+        float(np.linalg.norm(side, axis=1).mean()) for side in (x, y)
+      ),
       parts=cfg.parts,
     )
     if cfg.activation == "jumprelu":
@@ -127,8 +125,8 @@ def make(
       recipe,
       p.train_mesh,
       steps=train["steps"],
-      at_once=members_at_once(p),
-      sparse=is_sparse(p),
+      at_once=p.members_at_once,
+      sparse=p.sparse,
     ),
     batches=batches,
     batch_shapes={"x": shape((size, d), stored), "y": shape((size, e), stored)},
@@ -179,36 +177,14 @@ def _sides(p: Plan, batch):
       yield jnp.concatenate(parts, axis=-1)
 
 
-def members_at_once(p: Plan) -> int:
-  """Members over which a device vectorises.
-
-  A CPU's caches hold one; accelerators fill up with all.
-  """
-  asked = p.config["train"]["members_at_once"]
-  if asked is not None:
-    return max(1, asked)
-  return 1 if jax.default_backend() == "cpu" else len(p.members)
-
-
-def is_sparse(p: Plan) -> bool:
-  """Whether the step touches active latents only; see `SPARSE_FROM`."""
-  if p.dictionary.activation not in SELECTING:
-    return False
-  asked = p.config["train"]["sparse"]
-  if asked is not None:
-    return asked
-  most = max(m.config.k for m in p.members)
-  return min(m.config.width for m in p.members) >= SPARSE_FROM * most
-
-
 def describe(p: Plan) -> str:
   """What will be trained and how, in a line for the log."""
   groups = grouped(p.members)
-  path = "active latents only" if is_sparse(p) else "all latents"
+  path = "active latents only" if p.sparse else "all latents"
   return (
     f"{len(p.members)} {p.dictionary.activation} dictionaries, M = "
     f"{', '.join(str(group[0].config.width) for group in groups)}, after the "
-    f"encoder's product by {path}, {members_at_once(p)} at once, mesh "
+    f"encoder's product by {path}, {p.members_at_once} at once, mesh "
     f"{dict(p.train_mesh.shape)}"
   )
 

@@ -47,7 +47,9 @@ def per_row(z, k, most: int, axes: Axes = ALONE) -> Pairs:
   """The k largest of ReLU(z) in every row, exactly.
 
   The k largest values of a row lie in those k chunks of it that have the
-  largest maxima, so two short selections do the work of a long one.
+  largest maxima, so two short selections do the work of a long one. Of values
+  that equal the k-th the first are kept, as a sort has them; where a mesh
+  splits the latents, all of them.
 
   Args:
     z: [B, M], this device's latents.
@@ -59,6 +61,7 @@ def per_row(z, k, most: int, axes: Axes = ALONE) -> Pairs:
   chunks = _chunks(z).reshape(rows, -1, CHUNK)
   n = min(most, chunks.shape[1])
   _, which = jax.lax.top_k(chunks.max(-1), n)
+  which = jnp.sort(which, axis=-1)  # so that of equal values the first win
   near = jnp.take_along_axis(chunks, which[..., None], axis=1)
   values, at = jax.lax.top_k(near.reshape(rows, -1), min(most, n * CHUNK))
   latent = jnp.take_along_axis(which, at // CHUNK, axis=1) * CHUNK + at % CHUNK
@@ -68,7 +71,7 @@ def per_row(z, k, most: int, axes: Axes = ALONE) -> Pairs:
   last = jnp.clip(jnp.asarray(k, jnp.int32), 1, best.shape[1]) - 1
   cut = jnp.take_along_axis(best, jnp.full((rows, 1), last), axis=1)
   keep = (values >= cut) & (values > 0) & (latent < width)
-  if not axes.latent:  # of equal values the first, as a sort has them
+  if not axes.latent:
     keep &= jnp.arange(values.shape[1]) <= last
   row = jnp.broadcast_to(jnp.arange(rows)[:, None], keep.shape)
   return Pairs(

@@ -3,9 +3,10 @@
 import csv
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from gemma_jax import tables
 from gemma_jax.report import plots
 from gemma_jax.report.page import write_page
 from gemma_jax.report.pareto import pareto
@@ -14,21 +15,6 @@ log = logging.getLogger("gemma_jax")
 
 COLUMNS = ("l0", "fvu", "fvu_linear", "delta_ce", "ce_recovered", "kl")
 COLUMNS += ("dead_fraction",)
-
-
-def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-  """Rows for people, right-aligned, numbers to four digits."""
-
-  def text(value):
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-  cells = [list(columns)]
-  cells += [[text(row.get(name, "")) for name in columns] for row in rows]
-  wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  return "\n".join(
-    "  ".join(f"{cell:>{w}}" for cell, w in zip(line, wide, strict=True))
-    for line in cells
-  )
 
 
 def write(
@@ -58,7 +44,7 @@ def write(
     writer.writeheader()
     writer.writerows(scalars)
   columns = ["name", *(c for c in COLUMNS if any(c in s for s in scalars))]
-  log.info("\n%s", table(scalars, columns))
+  log.info("\n%s", tables.aligned(scalars, columns))
   folder = workdir / "plots"
   pictures = {
     "L0 against FVU and delta CE, held-out": pareto(

@@ -7,7 +7,7 @@ import pytest
 
 from gemma_jax.dictionaries import core, dictionary
 from gemma_jax.dictionaries.config import ACTIVATIONS, SELECTING
-from gemma_jax.dictionaries.recipe import PRESETS, preset
+from gemma_jax.dictionaries.presets import PRESETS, preset
 from tests.dictionaries import cases
 from tests.dictionaries.cases import B, E, M, f64
 

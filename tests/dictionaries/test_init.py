@@ -10,7 +10,7 @@ import scipy.optimize
 
 from gemma_jax.activations.normalise import KINDS, WHITENING, Measured, fit
 from gemma_jax.dictionaries import core, linear
-from gemma_jax.dictionaries.recipe import preset
+from gemma_jax.dictionaries.presets import preset
 from tests.dictionaries import cases
 from tests.dictionaries.cases import D, E, M, f64
 
@@ -61,7 +61,7 @@ def test_every_kind_is_the_one_of_the_activations(kind):
   x, y, m = make_moments()
   size = float(np.linalg.norm(x, axis=1).mean())
   recipe = cases.make_recipe(normalise=kind, whiten_epsilon=0.01)
-  norm = core.normalisation(m, recipe, mean_norm=size)
+  norm = core.normalisation(m, recipe, mean_norms=(size, size))
   measured = Measured(len(x), x.mean(0), x.var(0), np.cov(x.T), size)
   expected = np.asarray(fit(measured, kind, shrinkage=0.01).apply(x))
   xn, yn = core.normalise(norm, jnp.asarray(x), jnp.asarray(y))
@@ -75,7 +75,7 @@ def test_a_target_like_the_input_goes_the_input_s_way(kind):
   m = linear.moments([(x, x)])
   size = float(np.linalg.norm(x, axis=1).mean())
   recipe = cases.make_recipe(normalise=kind, target="input")
-  norm = core.normalisation(m, recipe, mean_norm=size)
+  norm = core.normalisation(m, recipe, mean_norms=(size, size))
   xn, yn = core.normalise(norm, jnp.asarray(x), jnp.asarray(x))
   np.testing.assert_allclose(xn, yn, rtol=1e-4, atol=1e-4)
   variance = np.var(f64(yn), axis=0).mean()
@@ -87,11 +87,16 @@ def test_a_target_like_the_input_goes_the_input_s_way(kind):
 
 def test_another_target_goes_the_input_s_way_by_its_own_measure():
   x, y, m = make_moments()
-  recipe = cases.make_recipe(normalise="unit_square", target="input")
-  norm = core.normalisation(m, recipe)
-  _, yn = core.normalise(norm, jnp.asarray(x), jnp.asarray(y))
-  size = np.sqrt(np.mean(np.sum(f64(y) ** 2, axis=1)))
-  np.testing.assert_allclose(yn, y / size, rtol=1e-3, atol=1e-5)
+  for kind, aim in (("unit_square", 1.0), ("mean_norm", y.shape[1] ** 0.5)):
+    lengths = np.linalg.norm(f64(y), axis=1)
+    size = {"unit_square": np.sqrt(np.mean(lengths**2))}.get(
+      kind, lengths.mean()
+    )
+    recipe = cases.make_recipe(normalise=kind, target="input")
+    norms = float(np.linalg.norm(x, axis=1).mean()), float(lengths.mean())
+    norm = core.normalisation(m, recipe, mean_norms=norms)
+    _, yn = core.normalise(norm, jnp.asarray(x), jnp.asarray(y))
+    np.testing.assert_allclose(yn, y * aim / size, rtol=1e-3, atol=1e-5)
 
 
 def test_every_site_of_a_crosscoder_has_its_own_scale():
@@ -110,7 +115,10 @@ def test_every_site_of_a_crosscoder_has_its_own_scale():
     assert not np.asarray(norm.x_map)[:2, 2:].any()  # sites are not mixed
   with pytest.raises(ValueError, match="needs one site; use 'mean_square'"):
     core.normalisation(
-      m, cases.make_recipe(normalise="mean_norm"), mean_norm=1.0, parts=parts
+      m,
+      cases.make_recipe(normalise="mean_norm"),
+      mean_norms=(1.0, 1.0),
+      parts=parts,
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_jax.dictionaries import pairs
-from gemma_jax.dictionaries.recipe import PRESETS, preset
+from gemma_jax.dictionaries.presets import PRESETS, preset
 from tests.dictionaries import cases
 from tests.dictionaries.cases import M, run
 
@@ -73,6 +73,15 @@ def test_a_batch_with_hardly_a_positive_value_gives_what_there_is(positive):
   for select in (per_row, per_batch):
     found = select(jnp.asarray(z), jnp.asarray(4.0), 4)
     np.testing.assert_array_equal(as_dense(found, z.shape), np.maximum(z, 0))
+
+
+def test_of_equal_values_in_a_row_the_first_are_kept():
+  z = np.random.default_rng(0).integers(0, 3, (20, 100)).astype(np.float32)
+  found = per_row(jnp.asarray(z), jnp.asarray(40.0), 40)
+  values, index = jax.lax.top_k(z, 40)
+  expected = np.zeros_like(z)
+  np.put_along_axis(expected, np.asarray(index), np.asarray(values), axis=1)
+  np.testing.assert_array_equal(as_dense(found, z.shape), expected)
 
 
 def test_k_below_one_in_the_whole_batch_keeps_the_largest():

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from gemma_jax.dictionaries import core
-from gemma_jax.dictionaries.recipe import preset
+from gemma_jax.dictionaries.presets import preset
 from tests.dictionaries import cases
 from tests.dictionaries.cases import f64
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gemma_jax.dictionaries import core
-from gemma_jax.dictionaries.recipe import CHOICES, PRESETS, Recipe, preset
+from gemma_jax.dictionaries.presets import PRESETS, preset
+from gemma_jax.dictionaries.recipe import CHOICES, Recipe
 from tests.dictionaries import cases
 from tests.dictionaries.cases import B, E, M, f64, run
 
@@ -76,8 +77,14 @@ def test_another_choice_lists_those_there_are(field):
   [
     ({"bandwidth": 0}, "recipe.bandwidth must be positive"),
     ({"sparsity_power": 0.0}, "recipe.sparsity_power must be positive"),
-    ({"tanh_scale": -1.0}, "recipe.tanh_scale must be positive"),
-    ({"decoder_norm": -1.0}, "a free decoder may start at 0"),
+    ({"aux_k": 0}, "recipe.aux_k must be positive"),
+    ({"beta2": 1}, "recipe.beta2 must be less than 1"),
+    ({"decoder_norm": -1.0}, "recipe.decoder_norm=-1.0 must be finite, at l"),
+    ({"learning_rate": np.nan}, "recipe.learning_rate=nan must be finite"),
+    ({"aux_k": 2.5}, "recipe.aux_k=2.5 must be int or None"),
+    ({"layer_norm": 1}, "recipe.layer_norm=1 must be bool"),
+    ({"dead_after": True}, "recipe.dead_after=True must be int"),
+    ({"loss": None}, "recipe.loss=None must be str"),
     (
       {"decoder_norm": 0.0, "decoder": "unit_after_step"},
       "a free decoder may start at 0",

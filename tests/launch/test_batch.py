@@ -261,7 +261,7 @@ def test_what_is_wrong_is_told_before_anything_starts(
 def test_configs_are_checked_without_the_gpus(tmp_path):
   (tmp_path / "tells.py").write_text(
     "import os\ndef run(*_): pass\n"
-    "def check(config): raise ValueError(os.environ[config['name']])"
+    "def prepare(config): raise ValueError(os.environ[config['name']])"
   )
   env = {**os.environ, "JAX_PLATFORMS": "cuda", "PYTHONPATH": str(tmp_path)}
   names = ("JAX_PLATFORMS", "PYTHONPATH", "NO_SUCH")

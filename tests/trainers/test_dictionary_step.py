@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from gemma_jax import models
 from gemma_jax.dictionaries import DictionaryConfig, core
-from gemma_jax.dictionaries.recipe import preset
+from gemma_jax.dictionaries.presets import preset
 from trainers import dictionary_step
 from trainers.dictionary_plan import AXES, Member
 

@@ -9,7 +9,7 @@ import pytest
 
 from gemma_jax import models
 from gemma_jax.dictionaries import DictionaryConfig, core, linear
-from gemma_jax.dictionaries.recipe import preset
+from gemma_jax.dictionaries.presets import preset
 from trainers import dictionary_step
 from trainers.dictionary_plan import AXES, Member
 

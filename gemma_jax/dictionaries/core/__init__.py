@@ -20,6 +20,7 @@ from gemma_jax.dictionaries.core.forward import (
   select,
 )
 from gemma_jax.dictionaries.core.objective import (
+  can_be_sparse,
   constrain,
   hyper,
   loss,
@@ -32,6 +33,7 @@ __all__ = [
   "Normalisation",
   "State",
   "calibrate",
+  "can_be_sparse",
   "centre_tokens",
   "constrain",
   "decode_prefixes",

@@ -49,7 +49,7 @@ def normalisation(
   m: Moments,
   recipe: Recipe,
   *,
-  mean_norm: float | None = None,
+  mean_norms: tuple[float, float] | None = None,
   parts: tuple[int, ...] = (),
 ) -> Normalisation:
   """Constants from the training rows' moments.
@@ -57,7 +57,7 @@ def normalisation(
   Args:
     m: moments of x and y.
     recipe: says what happens to x and y.
-    mean_norm: mean L2 norm of x; "mean_norm" needs it.
+    mean_norms: mean L2 norm of x, and that of y; "mean_norm" needs them.
     parts: widths of the sites that y joins, each scaled by itself, and x too
       if they are the same ones.
 
@@ -76,6 +76,7 @@ def normalisation(
       "normalise 'mean_norm' needs one site; use 'mean_square' for several."
     )
   d, e = len(m.mean_x), len(m.mean_y)
+  norm_x, norm_y = mean_norms or (None, None)
   x_mean, x_map = np.zeros(d), np.zeros((d, d))
   for part in slices(parts if sum(parts) == d else (d,)):
     measured = Measured(
@@ -83,7 +84,7 @@ def normalisation(
       m.mean_x[part],
       variance[part],
       covariance[part, part],
-      mean_norm,
+      norm_x,
     )
     mean, to, _ = matrices(
       measured, recipe.normalise, shrinkage=recipe.whiten_epsilon
@@ -99,7 +100,7 @@ def normalisation(
   elif d == e and np.array_equal(m.mean_x, m.mean_y):
     y_mean, y_scale = x_mean, 1 / np.diag(x_map)
   else:
-    measured = Measured(m.count, m.mean_y, m.variance_y)
+    measured = Measured(m.count, m.mean_y, m.variance_y, None, norm_y)
     y_mean, _, back = matrices(measured, recipe.normalise)
     y_scale = np.broadcast_to(back, (e,))
   f32 = jnp.float32

@@ -16,7 +16,8 @@ from gemma_jax.dictionaries.core.coordinates import (
   State,
   unit,
 )
-from gemma_jax.dictionaries.core.objective import FAR, annealed, dense, see
+from gemma_jax.dictionaries.core.objective import FAR, annealed, dense
+from gemma_jax.dictionaries.core.terms import see
 from gemma_jax.dictionaries.recipe import Recipe
 
 

@@ -87,7 +87,8 @@ def _find(path, modules) -> tuple[ModuleType, pathlib.Path]:
     )
   places = [(m, path) for m in modules if _shows(m, path)]
   if not places:
-    children = sorted(p for p in path.iterdir() if p.is_dir())
+    below = (*path.iterdir(), *path.glob("members/*/dictionary"))  # of a sweep
+    children = sorted(p for p in below if p.is_dir())
     places = [
       (m, child) for child in children for m in modules if _shows(m, child)
     ]

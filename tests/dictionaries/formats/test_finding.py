@@ -24,6 +24,14 @@ def test_a_run_of_one_hookpoint_is_searched_and_of_several_listed(tmp_path):
   assert dictionaries.load(made.path).config.read == "blocks.3.resid_post"
 
 
+def test_a_sweep_s_workdir_lists_its_dictionaries(tmp_path):
+  made = dictionaries.load(sae_lens(tmp_path / "made", "jumprelu").path)
+  for member in ("k=4", "k=8"):
+    made.save(tmp_path / "run" / "members" / member / "dictionary")
+  with pytest.raises(ValueError, match=r"holds 2 dictionaries: .*k=4/dict"):
+    dictionaries.load(tmp_path / "run")
+
+
 def test_two_formats_in_one_directory_are_told_apart_by_name(tmp_path):
   made = sae_lens(tmp_path, "jumprelu")
   dictionaries.load(made.path).save(made.path)

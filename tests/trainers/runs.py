@@ -1,0 +1,31 @@
+"""Smoke runs of the main job."""
+
+import sys
+
+from configs import gemma2b_transcoder
+
+SMOKE = "configs/gemma2b_transcoder.py:smoke"
+
+
+def smoke(**changes):
+  """The smoke config with `{"train.steps": 20}` and the like applied."""
+  config = gemma2b_transcoder.get_config("smoke").to_dict()
+  for path, value in changes.items():
+    *groups, name = path.split(".")
+    inner = config
+    for group in groups:
+      inner = inner[group]
+    inner[name] = value
+  return config
+
+
+def command(workdir, cache, *more):
+  return [
+    sys.executable,
+    "-m",
+    "launch.run",
+    f"--config={SMOKE}",
+    f"--workdir={workdir}",
+    f"--cache={cache}",
+    *more,
+  ]

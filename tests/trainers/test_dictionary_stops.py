@@ -1,0 +1,88 @@
+"""The main job stopped, killed, fed with NaN: nothing is lost."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from tests.trainers.runs import command, smoke
+from trainers import dictionary, dictionary_task, loop
+
+
+def test_a_batch_with_nan_stops_names_the_step_and_keeps_the_checkpoint(
+  tmp_path, monkeypatch
+):
+  real = dictionary_task.make
+
+  def poisoned(*args, **kwargs):
+    task = real(*args, **kwargs)
+
+    def batches(start, sharding):
+      for step, batch in enumerate(task.batches(start, sharding), start):
+        if step == 47:
+          batch["x"] = batch["x"] * np.nan
+        yield batch
+
+    return loop.dataclasses.replace(task, batches=batches)
+
+  monkeypatch.setattr(dictionary_task, "make", poisoned)
+  with pytest.raises(FloatingPointError, match="not finite at step 47"):
+    dictionary.run(smoke(), tmp_path / "run")
+  monkeypatch.undo()
+  kept = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+  assert "40" in kept
+  assert "60" not in kept
+  results = dictionary.run(smoke(), tmp_path / "run")
+  assert np.isfinite(results["fvu"])
+
+
+def run_to_end(workdir, cache, steps):
+  subprocess.run(
+    command(workdir, cache, f"--config.train.steps={steps}"), check=True
+  )
+  return (workdir / "dictionary/dictionary.safetensors").read_bytes()
+
+
+def test_runs_killed_at_random_moments_end_bit_for_bit_as_one_left_alone(
+  tmp_path,
+):
+  steps, kills = 120, int(os.environ.get("GEMMA_JAX_KILLS", "2"))
+  first = tmp_path / "cache"
+  began = time.monotonic()
+  alone = run_to_end(tmp_path / "alone", first, steps)
+  long = time.monotonic() - began
+  rng = random.Random(0)
+  for i in range(kills):
+    workdir, cache = tmp_path / f"killed{i}", tmp_path / f"cache{i}"
+    # Those to be killed need not compile, so they take about half as long.
+    shutil.copytree(first / "compiled", cache / "compiled")
+    args = command(workdir, cache, f"--config.train.steps={steps}")
+    process = subprocess.Popen(args, stderr=subprocess.DEVNULL)
+    time.sleep(rng.uniform(0.15, 0.55) * long)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert run_to_end(workdir, cache, steps) == alone
+    rows = loop.read_metrics(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(10, steps + 1, 10))
+
+
+def test_sigterm_saves_exits_zero_and_the_same_command_resumes(tmp_path):
+  workdir = tmp_path / "run"
+  args = command(workdir, tmp_path / "cache", "--config.train.steps=100000")
+  process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
+  log = workdir / "metrics.jsonl"
+  for _ in range(600):
+    if log.exists() and log.stat().st_size:
+      break
+    time.sleep(0.1)
+  process.send_signal(signal.SIGTERM)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 0, stderr
+  assert "resume with the same command" in stderr
+  steps = [p.name for p in (workdir / "checkpoints").iterdir()]
+  assert any(f"stopped at step {step}:" in stderr for step in steps)

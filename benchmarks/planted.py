@@ -24,7 +24,8 @@ from gemma_jax import models
 from gemma_jax.dictionaries import DictionaryConfig, core, linear
 from gemma_jax.dictionaries.presets import preset
 from trainers import dictionary_step
-from trainers.dictionary_plan import AXES, Member
+from trainers.dictionary_members import Member
+from trainers.dictionary_plan import AXES
 
 D, M, ACTIVE = 64, 128, 3.0
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)

@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
   c.model.dtype = placeholder(str)
 
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+  c.models = ConfigDict()
 
   c.data = ConfigDict()
   c.data.corpus = ConfigDict({"kind": "builtin"})

@@ -103,6 +103,11 @@ def prepare(config: Mapping[str, Any]):
     cfg = d.config
     if not cfg.read or not cfg.write:
       raise ValueError(f"{path} does not say which sites it reads and writes.")
+    if ":" in cfg.read:
+      raise ValueError(
+        f"{path} is a crosscoder of several models ({cfg.read}), and this "
+        "study runs one. Its own run has measured it: see its results.json."
+      )
     for site, width in ((cfg.read, cfg.d_in), (cfg.write, cfg.d_out)):
       own = sum(sites.width(part, model) for part in site.split("+"))
       if own != width:

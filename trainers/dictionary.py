@@ -17,15 +17,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
-from gemma_jax import dictionaries, metrics, models
+from gemma_jax import activations, dictionaries, metrics, models
 from gemma_jax.dictionaries import evaluate, linear
 from gemma_jax.report import dictionary as report
 from gemma_jax.report import sweep as sweep_report
 from trainers import dictionary_task, fields, loop, stores
 from trainers.dictionary_cost import plan
-from trainers.dictionary_plan import Plan, prepare
+from trainers.dictionary_plan import Plan, prepare, sources
 
 __all__ = ["plan", "run"]
 
@@ -82,26 +83,43 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     log.info("%s is finished; nothing to do", workdir)
     return json.loads((workdir / "results.json").read_text())
   # ------------------------------------------------------- text and tokens
-  directory = models.resolve(config["model"]["name"])
-  p = prepare(config, models.read_config(directory))
+  places = {
+    name: models.resolve(source) for name, source in sources(config).items()
+  }
+  p = prepare(config, {n: models.read_config(at) for n, at in places.items()})
+  directory = places[""]
   streams = stores.windows(p.config["data"], directory, p.model)
+  heldout = streams["heldout"].collect()
+  for name, where in places.items():
+    if name:
+      _require_alike(p, name, where, heldout)
   # ----------------------------------------------------------- activations
-  stored = stores.harvest(
-    streams,
-    directory,
-    p.stored,
-    p.config["activations"],
-    mesh=p.mesh,
-    dtype=p.dtype,
-    depth=p.depth,
-  )
+  harvested = {
+    name: stores.harvest(
+      streams,
+      where,
+      p.captured(name),
+      p.config["activations"],
+      mesh=p.mesh,
+      dtype=p.dtype,
+      depth=p.depth(name),
+    )
+    for name, where in places.items()
+  }
+  stored = harvested[""]
+  if len(harvested) > 1:
+    stored = {
+      side: activations.Joined(
+        {name: found[side] for name, found in harvested.items()}
+      )
+      for side in stored
+    }
   got = len(stored["train"])
   if got < p.batch_size:
     raise ValueError(
       f"The train side of the corpus has {got} tokens, fewer than one batch "
       f"of {p.batch_size}. Give more text or a smaller batch."
     )
-  heldout = streams["heldout"].collect()
   # -------------------------------------------------------------- training
   cfg = p.dictionary
   moments, ridge = linear.fit(stored["train"], cfg.read, cfg.write)
@@ -182,7 +200,11 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
       "metrics": "float32 values, float64 sums",
     },
     "seeds": {"train": config["seed"], "data": config["data"]["seed"]},
-    "stores": {name: str(store.path) for name, store in stored.items()},
+    "stores": {
+      f"{name}:{side}" if name else side: str(store.path)
+      for name, found in harvested.items()
+      for side, store in found.items()
+    },
     "definitions": evaluate.DEFINITIONS | SPLICE_DEFINITIONS,
     "versions": versions(),
   }
@@ -214,6 +236,17 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   _write_json(workdir / "results.json", results)
   log.info("report: %s", page)
   return results
+
+
+def _require_alike(p: Plan, name, directory, heldout) -> None:
+  """Raises ValueError unless a further model tokenises as the first does."""
+  own = stores.windows(p.config["data"], directory, p.model)["heldout"]
+  if not np.array_equal(own.collect().tokens, heldout.tokens):
+    raise ValueError(
+      f"config.models.{name} ({sources(p.config)[name]}) does not cut the text "
+      f"into the tokens of {sources(p.config)['']}; their activations cannot "
+      "be joined token by token."
+    )
 
 
 def place(workdir: pathlib.Path, member: str) -> pathlib.Path:

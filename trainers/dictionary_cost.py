@@ -34,16 +34,28 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
   tokens = train["steps"] * p.batch_size
   rows = p.batch_size // mesh.shape["data"]
   harvested = config["data"]["train_tokens"] + config["data"]["heldout_tokens"]
-  weights = p.model.num_parameters() * jnp.dtype(p.dtype).itemsize
-  forward = p.model.flops_per_token(
-    p.depth, config["data"]["context"], unembed=False
+  # One model after the other.
+  weights = max(m.num_parameters() for m in p.models.values())
+  weights *= jnp.dtype(p.dtype).itemsize
+  forward = sum(
+    model.flops_per_token(
+      p.depth(name), p.config["data"]["context"], unembed=False
+    )
+    for name, model in p.models.items()
   )
   step = sum(_step_flops(member.config, sparse) for member in p.members)
   stored = jnp.dtype(config["activations"]["dtype"]).itemsize
-  row = sum(sites.width(site, p.model) for site in p.stored) * stored
+  row = stored * sum(
+    sites.width(site, model)
+    for name, model in p.models.items()
+    for site in p.captured(name)
+  )
   widest = max(member.config.width for member in p.members)
   return {
-    "model": f"{p.model.family}, {p.depth} of {p.model.num_layers} layers run",
+    "model": "; ".join(
+      f"{model.family}, {p.depth(name)} of {model.num_layers} layers run"
+      for name, model in p.models.items()
+    ),
     "sites": {"read": list(p.read), "write": list(p.write)},
     "dictionaries": [
       {"name": member.name, **dataclasses.asdict(member.config)}

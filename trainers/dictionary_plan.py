@@ -1,7 +1,6 @@
 """What a dictionary run may be asked, and what it will cost."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +8,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma_jax import activations, dictionaries, models
+from gemma_jax import activations, models
 from gemma_jax.dictionaries import core, defaults
-from gemma_jax.dictionaries.config import SELECTING, DictionaryConfig
+from gemma_jax.dictionaries.config import DictionaryConfig
 from gemma_jax.dictionaries.presets import preset
 from gemma_jax.dictionaries.recipe import Recipe
 from gemma_jax.models import sites
-from trainers import fields, stores, track
+from trainers import dictionary_members, fields, stores, track
+from trainers.dictionary_members import Member
 
 AXES = ("member", "data", "latent")  # of the training's mesh
 # Below this many latents for each active one all of them cost less than the
@@ -32,6 +32,9 @@ FIELDS = {
     "dtype": (str, type(None)),  # None: float32 on CPUs, else bfloat16
   },
   "mesh": {"data": int, "fsdp": int, "tensor": int},  # of the model
+  # More of them, for crosscoders: with {"chat": "google/gemma-2-2b-it"} there
+  # are sites "chat:blocks.12.resid_post". They must tokenise alike.
+  "models": fields.Free,
   "data": {
     "corpus": fields.Free,  # see gemma_jax.data.load
     "seed": int,  # of the split and of the order of the documents
@@ -95,31 +98,12 @@ FIELDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
-  """One dictionary of a sweep; without a sweep there is one.
-
-  Attributes:
-    name: what it differs in, as in "k=32,seed=1".
-    config: what it is.
-    learning_rate: peak.
-    sparsity: coefficient.
-    seed: of its initial latents.
-  """
-
-  name: str
-  config: DictionaryConfig
-  learning_rate: float
-  sparsity: float
-  seed: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
   """Everything that is known before any long work, checked.
 
   Attributes:
     config: as given, with sites spelled out.
-    model: of the model.
+    models: by their names in sites; the first is "".
     recipe: how the dictionaries are trained.
     members: all dictionaries.
     read: sites of the input.
@@ -128,11 +112,10 @@ class Plan:
     batch_size: tokens.
     mesh: of the model.
     train_mesh: of the training, over `AXES`.
-    depth: blocks that the harvest runs.
   """
 
   config: dict[str, Any]
-  model: models.ModelConfig
+  models: Mapping[str, models.ModelConfig]
   recipe: Recipe
   members: tuple[Member, ...]
   read: tuple[str, ...]
@@ -141,7 +124,6 @@ class Plan:
   batch_size: int
   mesh: Mesh
   train_mesh: Mesh
-  depth: int
 
   @property
   def sites(self) -> tuple[str, ...]:
@@ -149,9 +131,18 @@ class Plan:
     return tuple(dict.fromkeys(self.read + self.write))
 
   @property
-  def stored(self) -> tuple[str, ...]:
-    """All sites that are harvested, in the same order for any that train."""
-    return tuple(sorted({*self.sites, *self.also}))
+  def model(self) -> models.ModelConfig:
+    """The first model."""
+    return self.models[""]
+
+  def captured(self, name: str) -> tuple[str, ...]:
+    """A model's harvested sites, in the same order for any that train."""
+    owned = map(activations.owner, {*self.sites, *self.also})
+    return tuple(sorted(site for model, site in owned if model == name))
+
+  def depth(self, name: str) -> int:
+    """Blocks of a model that its harvest runs."""
+    return sites.last_layer(self.captured(name), self.models[name])
 
   @property
   def dictionary(self) -> DictionaryConfig:
@@ -187,9 +178,14 @@ class Plan:
 
 
 def prepare(
-  config: Mapping[str, Any], model: models.ModelConfig | None = None
+  config: Mapping[str, Any],
+  known: Mapping[str, models.ModelConfig] | None = None,
 ) -> Plan:
-  """Checks a config against its model (by default, what its name tells).
+  """Checks a config against its models.
+
+  Args:
+    config: with exactly the fields of `FIELDS`.
+    known: of every model; None: what the models' names tell.
 
   Raises:
     ValueError: unknown fields, sites, layers or sizes that do not fit.
@@ -201,9 +197,11 @@ def prepare(
       "its own part of the activations. Use the devices of one host."
     )
   track.check(config["track"] or ())
-  model = model or models.describe(config["model"]["name"])
+  known = known or {
+    name: models.describe(source) for name, source in sources(config).items()
+  }
   acts, train = config["activations"], config["train"]
-  read, write, also = _sites(config, model)
+  read, write, also = _sites(config, known)
   if acts["dtype"] not in activations.DTYPES:
     raise ValueError(
       f"activations.dtype {acts['dtype']!r}; expected one of "
@@ -218,10 +216,10 @@ def prepare(
   ):
     if train[name] < 1:
       raise ValueError(f"train.{name}={train[name]} must be at least 1.")
-  known = defaults.of(model, read, write)
+  sizes = defaults.of(*(_widths(names, known) for names in (read, write)))
   recipe = _recipe(config)
-  members = _members(config, recipe, known, read, write)
-  batch_size = train["batch_size"] or known.batch_size
+  members = dictionary_members.of(config, recipe, sizes, read, write)
+  batch_size = train["batch_size"] or sizes.batch_size
   if batch_size > config["data"]["train_tokens"]:
     raise ValueError(
       f"data.train_tokens={config['data']['train_tokens']} is less than one "
@@ -240,7 +238,7 @@ def prepare(
       f"train.batch_size={batch_size} does not divide over the "
       f"{train_mesh.shape['data']} devices of train.mesh.data."
     )
-  for group in grouped(members):
+  for group in dictionary_members.grouped(members):
     width, count = group[0].config.width, len(group)
     if width % train_mesh.shape["latent"]:
       raise ValueError(
@@ -254,7 +252,7 @@ def prepare(
       )
   found = Plan(
     dict(config),
-    model,
+    known,
     recipe,
     members,
     read,
@@ -263,7 +261,6 @@ def prepare(
     batch_size,
     mesh,
     train_mesh,
-    sites.last_layer((*read, *write, *also), model),
   )
   wide = max(m.config.width for m in members)
   counts = found.dictionary.activation == "batchtopk" and (
@@ -278,7 +275,17 @@ def prepare(
   return found
 
 
-def _sites(config, model) -> list[tuple[str, ...]]:
+def sources(config: Mapping[str, Any]) -> dict[str, str]:
+  """Where every model comes from, by its name in sites."""
+  return {"": config["model"]["name"], **config["models"]}
+
+
+def _widths(names, known) -> list[int]:
+  owned = map(activations.owner, names)
+  return [sites.width(site, known[model]) for model, site in owned]
+
+
+def _sites(config, known) -> list[tuple[str, ...]]:
   """What is read, written and stored besides, spelled out and checked."""
   layer, acts = config["layer"], config["activations"]
   found = []
@@ -289,12 +296,32 @@ def _sites(config, model) -> list[tuple[str, ...]]:
       raise ValueError(f"activations.{name}={acts[name]!r} needs config.layer.")
     found.append(tuple(s.replace("{layer}", str(layer)) for s in given))
   read, write, also = found
-  where = {site: sites.parse(site, model) for site in (*read, *write, *also)}
+  where, used = {}, set()
+  for site in (*read, *write, *also):
+    model, own = activations.owner(site)
+    if model not in known:
+      raise ValueError(
+        f"Site {site!r}: config.models has no {model!r}; it has "
+        f"{', '.join(known) or 'none'}."
+      )
+    where[site] = sites.parse(own, known[model])
+    used.add(model)
+  if unused := set(known) - used:
+    raise ValueError(
+      f"No site of activations.read is one of {config['model']['name']}."
+      if "" in unused
+      else f"No site of activations.read begins with '{min(unused)}:'."
+    )
   if any(site.layer is None for site in where.values()):
     raise ValueError("activations.read and .write name one layer each, not *.")
   order = sites.NAMES.index
   if len(read) == len(write) == 1:
     a, b = where[read[0]], where[write[0]]
+    if len(used) > 1:
+      raise ValueError(
+        f"activations.read={read[0]} and activations.write={write[0]} are of "
+        "two models; a transcoder stays in one."
+      )
     if a.layer != b.layer or order(a.name) > order(b.name):
       raise ValueError(
         f"activations.read={read[0]} and activations.write={write[0]} must be "
@@ -314,81 +341,3 @@ def _recipe(config) -> Recipe:
   name = changes.pop("preset", "default")
   changes = {key: value for key, value in changes.items() if value is not None}
   return preset(name, config["dictionary"]["activation"], changes)
-
-
-def _members(config, recipe, known, read, write) -> tuple[Member, ...]:
-  own = dict(config["dictionary"])
-  sweep = {name: tuple(v) for name, v in config["sweep"].items() if v}
-  for name, values in sweep.items():
-    if len(set(values)) < len(values):
-      raise ValueError(f"sweep.{name}={list(values)} has a value twice.")
-  groups = {
-    name: own.pop(name)
-    for name in ("prefix_widths", "group_sizes", "group_fractions")
-  }
-  if own.pop("matryoshka") and not any(groups.values()):
-    groups["group_fractions"] = defaults.GROUP_FRACTIONS
-  elif any(groups.values()) and not config["dictionary"]["matryoshka"]:
-    raise ValueError(
-      "dictionary.matryoshka is False and its groups are given; make it True, "
-      "or leave them out."
-    )
-  aims = own["activation"] in SELECTING or recipe.sparsity.startswith("target")
-  for name, used in (
-    ("k", aims),
-    ("sparsity", recipe.sparsity != "none"),
-  ):
-    if name in sweep and not used:
-      raise ValueError(
-        f"sweep.{name} changes nothing here: activation "
-        f"{own['activation']!r} with recipe.sparsity {recipe.sparsity!r} does "
-        "not use it."
-      )
-  if own["skip"] and read == write:
-    raise ValueError(
-      "dictionary.skip would learn the identity: activations.read and .write "
-      f"are both {', '.join(read)}. Skips are for transcoders."
-    )
-  members = []
-  for values in itertools.product(*sweep.values()):
-    at = dict(zip(sweep, values, strict=True))
-    width = at.get("width", own["width"]) or known.width
-    k = at.get("k", own["k"] or known.k) if aims else None
-    dictionary = DictionaryConfig(
-      d_in=known.d_in,
-      d_out=known.d_out,
-      width=width,
-      activation=own["activation"],
-      k=None if k is None else float(k),
-      prefix_widths=dictionaries.prefix_widths(width, **groups),
-      skip=own["skip"],
-      layer_norm=recipe.layer_norm,
-      read="+".join(read),
-      write="+".join(write),
-      parts=known.parts,
-      model=config["model"]["name"],
-    )
-    members.append(
-      Member(
-        ",".join(f"{name}={value}" for name, value in at.items()),
-        dictionary,
-        float(at.get("learning_rate", recipe.rate(width))),
-        float(at.get("sparsity", recipe.sparsity_coefficient)),
-        int(at.get("seed", config["seed"])),
-      )
-    )
-  if recipe.sparsity != "none" and not all(m.sparsity for m in members):
-    raise ValueError(
-      f"recipe.sparsity {recipe.sparsity!r} has the coefficient 0, so nothing "
-      "would be sparse. Give recipe.sparsity_coefficient; its scale is that of "
-      f"loss {recipe.loss!r}."
-    )
-  return tuple(members)
-
-
-def grouped(members: tuple[Member, ...]) -> list[tuple[Member, ...]]:
-  """Members of one width together: they are one program."""
-  widths = dict.fromkeys(member.config.width for member in members)
-  return [
-    tuple(m for m in members if m.config.width == width) for width in widths
-  ]

@@ -20,7 +20,7 @@ from gemma_jax.dictionaries import core
 from gemma_jax.dictionaries.axes import Axes, total
 from gemma_jax.dictionaries.config import DictionaryConfig
 from gemma_jax.dictionaries.recipe import Recipe
-from trainers.dictionary_plan import Member
+from trainers.dictionary_members import Member
 
 OVER_LATENTS = {
   "W_enc": (None, "latent"),  # D M

@@ -11,7 +11,8 @@ from gemma_jax import dictionaries
 from gemma_jax.activations import ActivationStore
 from gemma_jax.dictionaries import core, linear
 from trainers import dictionary_step, loop
-from trainers.dictionary_plan import Member, Plan, grouped
+from trainers.dictionary_members import Member, grouped
+from trainers.dictionary_plan import Plan
 
 log = logging.getLogger("gemma_jax")
 

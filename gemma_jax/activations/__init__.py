@@ -2,6 +2,7 @@
 
 from gemma_jax.activations.capture import fitting_batch
 from gemma_jax.activations.harvest import harvest, store_path
+from gemma_jax.activations.joined import Joined, owner
 from gemma_jax.activations.layout import DTYPES
 from gemma_jax.activations.live import ModelStream
 from gemma_jax.activations.merge import merge
@@ -15,6 +16,7 @@ from gemma_jax.activations.writer import Writer
 __all__ = [
   "DTYPES",
   "ActivationStore",
+  "Joined",
   "ModelStream",
   "Normalisation",
   "Statistics",
@@ -26,6 +28,7 @@ __all__ = [
   "is_complete",
   "measure",
   "merge",
+  "owner",
   "repair",
   "store_path",
   "verify",

@@ -1,8 +1,7 @@
-"""What a dictionary should be, from the model and the sites alone."""
+"""What a dictionary should be, from the widths of its sites alone."""
 
 import dataclasses
-
-from gemma_jax.models import ModelConfig, sites
+from collections.abc import Sequence
 
 EXPANSION = 16  # M / D
 # Of Matryoshka groups: 1x, 2x, 4x and 9x the width of what is written.
@@ -20,7 +19,6 @@ class Defaults:
     width: M, 16 times the width of what is written.
     k: active latents; grows with the width, 32 for GPT-2, 96 for Gemma 2 2B.
     batch_size: tokens.
-    normalise: of `activations.normalise.KINDS`.
   """
 
   d_in: int
@@ -29,27 +27,17 @@ class Defaults:
   width: int
   k: int
   batch_size: int
-  normalise: str
 
 
-def of(
-  model: ModelConfig, read: tuple[str, ...], write: tuple[str, ...]
-) -> Defaults:
-  """Defaults for reading and writing some sites of a model.
-
-  Args:
-    model: of the model.
-    read: sites, as "blocks.6.mlp_in".
-    write: sites.
-  """
-  parts = tuple(sites.width(site, model) for site in write)
+def of(read: Sequence[int], write: Sequence[int]) -> Defaults:
+  """Defaults for reading and writing sites of these widths."""
+  parts = tuple(write)
   wide = max(parts)
   return Defaults(
-    d_in=sum(sites.width(site, model) for site in read),
+    d_in=sum(read),
     d_out=sum(parts),
     parts=parts if len(parts) > 1 else (),
     width=EXPANSION * wide,
     k=max(32, wide // 192 * 8),
     batch_size=4096 if wide > 1024 else 2048,
-    normalise="whiten",
   )

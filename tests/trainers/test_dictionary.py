@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemma_jax import dictionaries, metrics
-from gemma_jax.activations import ActivationStore
+from gemma_jax.activations import ActivationStore, Joined
 from tests.trainers.runs import smoke
 from trainers import dictionary, loop
 
@@ -159,6 +159,34 @@ def test_a_crosscoder_reads_and_writes_several_layers(tmp_path):
   assert results["fvu"] < 0.9
   assert "ce_spliced" not in results  # of one site only
   assert (tmp_path / "run/report.html").exists()
+
+
+def test_a_crosscoder_reads_and_writes_several_models(tmp_path):
+  both = ["blocks.2.resid_post", "other:blocks.1.mlp_out"]
+  changes = {
+    "models": {"other": "random:gemma3-tiny"},
+    "activations.read": both,
+    "activations.write": both,
+    "dictionary.skip": False,
+    "train.steps": 40,
+  }
+  planned = dictionary.plan(smoke(**changes))
+  assert planned["model"] == (
+    "gemma2, 3 of 5 layers run; gemma3, 2 of 8 layers run"
+  )
+  results = dictionary.run(smoke(**changes), tmp_path / "run")
+  found = dictionaries.load(tmp_path / "run")
+  assert found.config.parts == (48, 48)
+  assert results["fvu"] < 0.9
+  # What it read is what each model computes on these tokens.
+  stores = {
+    name: ActivationStore.open(path) for name, path in results["stores"].items()
+  }
+  store = Joined({"": stores["heldout"], "other": stores["other:heldout"]})
+  x = np.concatenate([store.read(0, 4_000, site) for site in both], axis=1)
+  y = np.asarray(x, np.float32)
+  got = metrics.fvu(y, found.reconstruct(y))
+  assert got == pytest.approx(results["fvu"], rel=1e-4)
 
 
 def test_parameters_are_split_over_the_mesh(tmp_path):

@@ -43,6 +43,16 @@ from trainers import dictionary, dictionary_task
     ({"model.name": "random:gemma9"}, "no preset 'gemma9'"),
     ({"model.name": "/nowhere"}, "No model at '/nowhere'"),
     ({"mesh.tensor": 3}, "devices"),
+    (
+      {"activations.read": ["blocks.1.mlp_in", "b:blocks.1.mlp_in"]},
+      r"config\.models has no 'b'",
+    ),
+    ({"models": {"b": "random:gemma2-tiny"}}, "begins with 'b:'"),
+    (
+      {"models": {"b": "random:gemma2-tiny"}}
+      | {"activations.write": "b:blocks.2.mlp_out"},
+      "are of two models",
+    ),
     ({"track": ["mlflow"]}, "Unknown trackers"),
     ({"data.corpus": {"kind": "novel"}}, "unknown corpus kind"),
   ],

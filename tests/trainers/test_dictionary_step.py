@@ -13,7 +13,8 @@ from gemma_jax import models
 from gemma_jax.dictionaries import DictionaryConfig, core
 from gemma_jax.dictionaries.presets import preset
 from trainers import dictionary_step
-from trainers.dictionary_plan import AXES, Member
+from trainers.dictionary_members import Member
+from trainers.dictionary_plan import AXES
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -11,7 +11,8 @@ from gemma_jax import models
 from gemma_jax.dictionaries import DictionaryConfig, core, linear
 from gemma_jax.dictionaries.presets import preset
 from trainers import dictionary_step
-from trainers.dictionary_plan import AXES, Member
+from trainers.dictionary_members import Member
+from trainers.dictionary_plan import AXES
 
 D, M, ACTIVE, STEPS, B = 64, 128, 3, 1_500, 512
 

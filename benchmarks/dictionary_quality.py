@@ -162,23 +162,26 @@ def main():
     best = min(tried, key=lambda rate: tried[rate]["fvu"])
     rest = [score(system, best, seed) for seed in range(1, args.seeds)]
     table[system] = best, [tried[best], *rest]
-  out = {
-    "name": f"{args.activation}, M = {args.width}, k = {args.k}, "
-    f"{args.steps} steps of {args.batch} tokens, {args.seeds} seeds",
-    "systems": {},
-  }
+  systems = {}
   for system, (rate, runs) in table.items():
     own = {"learning_rate": rate}
     for name in ("fvu", "l0", "dead_fraction"):
       values = [run[name] for run in runs]
       own[name] = float(np.mean(values))
       own[f"{name}_sd"] = float(np.std(values, ddof=len(values) > 1))
-    out["systems"][system] = own
+    systems[system] = own
+  out = peers.compared(
+    f"{args.activation}, M = {args.width}, k = {args.k}, {args.steps} steps of "
+    f"{args.batch} tokens, {args.seeds} seeds",
+    "FVU",
+    {system: own["fvu"] for system, own in systems.items()},
+    smaller=True,
+  )
   if args.json:
-    print(json.dumps(out))
+    print(json.dumps({**out, "systems": systems}))
     return
   print(out["name"])
-  for system, own in out["systems"].items():
+  for system, own in systems.items():
     print(
       f"  {system:20} rate {own['learning_rate']:.0e}  "
       f"FVU {own['fvu']:.4f} +- {own['fvu_sd']:.4f}  L0 {own['l0']:.2f}  "

@@ -1,4 +1,4 @@
-"""Trainings by other systems, in the environment that has them."""
+"""Trainings by other systems, in the environment that has them, beside ours."""
 
 import json
 import os
@@ -27,3 +27,24 @@ def train(args, case, out, rows) -> None:
   }
   command = [args.peers, SCRIPT, json.dumps(case), out, rows]
   subprocess.run([str(part) for part in command], check=True)
+
+
+def compared(name, unit, scores, *, smaller: bool) -> dict:
+  """What `--json` prints first; a ratio above 1 is better than every peer.
+
+  Args:
+    name: of the work.
+    unit: of the scores.
+    scores: of "ours" and of every peer.
+    smaller: is better.
+  """
+  others = {system: x for system, x in scores.items() if system != "ours"}
+  best, ours = (min if smaller else max)(others.values()), scores["ours"]
+  ratio = best / ours if smaller else ours / best
+  return {
+    "name": name,
+    "ours": ours,
+    "peers": others,
+    "unit": unit,
+    "ratio": ratio,
+  }

@@ -141,24 +141,27 @@ def main():
           found = peer(args, system, rate, seed, folder)
           scores[system][rate].append(mcc(found, truth))
   rng = np.random.default_rng(0)
-  out = {"name": "planted directions, noise, Zipf", "systems": {}}
+  out = {}
   for system, by_rate in scores.items():
     rate = max(by_rate, key=lambda r: np.mean(by_rate[r]))
-    out["systems"][system] = {
+    out[system] = {
       "learning_rate": rate,
       "mcc": float(np.mean(by_rate[rate])),
       "mcc_sd": float(np.std(by_rate[rate], ddof=args.seeds > 1)),
     }
-  out["systems"]["random directions"] = {
+  out["random directions"] = {
     "learning_rate": 0.0,
     "mcc": mcc(rng.normal(size=(M, D)), truth),
     "mcc_sd": 0.0,
   }
+  name = "planted directions, noise, Zipf"
   if args.json:
-    print(json.dumps(out))
+    found = {system: own["mcc"] for system, own in out.items()}
+    found = peers.compared(name, "MCC", found, smaller=False)
+    print(json.dumps({**found, "systems": out}))
     return
-  print(out["name"])
-  for system, own in out["systems"].items():
+  print(name)
+  for system, own in out.items():
     print(
       f"  {system:20} rate {own['learning_rate']:.0e}  MCC {own['mcc']:.4f} "
       f"+- {own['mcc_sd']:.4f}"

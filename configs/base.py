@@ -1,12 +1,36 @@
 """What every dictionary run is asked; other configs change a few lines of it.
 
-`trainers/dictionary_plan.py` says what each field means. A field of `recipe`
-that is not set is the preset's; see `gemma_jax/dictionaries/recipe.py` for all
-there are.
+`trainers/dictionary_plan.py` says what each field means, and
+`gemma_jax/dictionaries/recipe.py` those of `recipe`. What is not set there is
+the preset's; what a config sets holds for every preset.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+# Every field of a recipe, by its type.
+RECIPE = {
+  str: (
+    "normalise target init encoder_init b_enc_init b_dec_init skip_init "
+    "loss prefix_weights sparsity step_sees aux_scale decoder products"
+  ),
+  float: (
+    "whiten_epsilon encoder_norm decoder_norm multi_topk "
+    "sparsity_coefficient sparsity_power sparsity_warmup tanh_scale "
+    "pre_activation_coefficient bandwidth threshold_init aux_coefficient "
+    "threshold_decay k_start k_anneal learning_rate skip_learning_rate "
+    "warmup decay beta1 beta2 epsilon clip"
+  ),
+  int: (
+    "aux_k aux_candidates dead_after dead_after_steps threshold_start "
+    "resample_every"
+  ),
+  bool: (
+    "layer_norm subtract_b_dec train_b_enc rank_by_norm bias_prefix "
+    "sparsity_by_norm log_threshold gradient_to_input gated_detach aux_relu "
+    "aux_detach aux_ramp aux_after_batch threshold_from_zero"
+  ),
+}
 
 
 def get_config() -> ConfigDict:
@@ -56,15 +80,9 @@ def get_config() -> ConfigDict:
 
   c.recipe = ConfigDict()
   c.recipe.preset = "default"
-  c.recipe.normalise = placeholder(str)
-  c.recipe.learning_rate = placeholder(float)
-  c.recipe.sparsity_coefficient = placeholder(float)
-  c.recipe.aux_k = placeholder(int)
-  c.recipe.aux_candidates = placeholder(int)
-  c.recipe.aux_coefficient = placeholder(float)
-  c.recipe.dead_after = placeholder(int)
-  c.recipe.decay = placeholder(float)
-  c.recipe.products = placeholder(str)
+  for kind, names in RECIPE.items():
+    for name in names.split():
+      c.recipe[name] = placeholder(kind)
 
   c.sweep = ConfigDict()
   c.sweep.learning_rate = ()

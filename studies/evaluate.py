@@ -6,6 +6,7 @@
 Workdirs of ours and files of other libraries alike; all on the same tokens.
 """
 
+import functools
 import json
 import logging
 import pathlib
@@ -19,6 +20,7 @@ from jax.tree_util import Partial
 
 from gemma_jax import dictionaries, metrics, models, probing
 from gemma_jax.dictionaries import evaluate, linear
+from gemma_jax.dictionaries.dictionary import reconstruct_prefixes
 from gemma_jax.metrics import faithfulness
 from gemma_jax.models import sites
 from gemma_jax.probing import absorption, explain, noise, sparse, vocabulary
@@ -54,6 +56,7 @@ LEAST_WORDS = 500  # below, no letter has enough
 DEFINITIONS = {
   **evaluate.DEFINITIONS,
   **{f"splice.{n}": text for n, text in faithfulness.DEFINITIONS.items()},
+  "splice.prefix M": "The site replaced by what the first M latents make.",
   **{f"sparse_probing.{n}": text for n, text in sparse.DEFINITIONS.items()},
   **{f"absorption.{n}": text for n, text in absorption.DEFINITIONS.items()},
   **{f"explained.{n}": text for n, text in explain.DEFINITIONS.items()},
@@ -87,6 +90,16 @@ def prepare(config: Mapping[str, Any]):
       "config.dictionaries is empty. Name workdirs or files: "
       "--config.dictionaries=\"('runs/a','runs/b')\"."
     )
+  own = config["eval"]
+  if own["probe_tokens"] and own["probe_seeds"] < noise.LEAST:
+    raise ValueError(
+      f"eval.probe_seeds={own['probe_seeds']} must be at least {noise.LEAST}: "
+      "a standard deviation of fewer says little. eval.probe_tokens=0 leaves "
+      "probing out."
+    )
+  for name in ("splice_tokens", "splice_batch_size", "explained"):
+    if own[name] < 1:
+      raise ValueError(f"eval.{name}={own[name]} must be at least 1.")
   found = {
     str(path): dictionaries.load(path, format=config["format"])
     for path in config["dictionaries"]
@@ -207,8 +220,8 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     "definitions": DEFINITIONS,
     "versions": dictionary.versions(),
   }
-  (workdir / "results.json").write_text(json.dumps(results, indent=2))
   sweep_report.write(workdir, results=results, config=config, metrics=[])
+  dictionary.write_json(workdir / "results.json", results)
   return results
 
 
@@ -216,15 +229,22 @@ def _splice(config, model, d, moments, windows) -> dict[str, Any]:
   """What the model loses with the dictionary or an ablation in the place."""
   count, batch_size = stores.splice_sample(windows, config["eval"], model.mesh)
 
-  def spliced(params, x, y):
-    return dictionaries.Dictionary(d.config, params).reconstruct(x)
+  def spliced(i, params, x, y):
+    rows = x.reshape(-1, x.shape[-1])
+    _, found = reconstruct_prefixes(d.config, params, rows)
+    return found[i].reshape(y.shape)
 
+  widths = d.config.prefix_widths
+  own = {
+    f"prefix {width}": Partial(functools.partial(spliced, i), d.params)
+    for i, width in enumerate(widths)
+  }
   summary = metrics.splice_losses(
     model,
     windows.tokens[:count],
     windows.mask[:count],
     {
-      "spliced": Partial(spliced, d.params),
+      **own,
       **metrics.ablations(moments.mean_y),
     },
     read=d.config.read,
@@ -232,12 +252,12 @@ def _splice(config, model, d, moments, windows) -> dict[str, Any]:
     batch_size=batch_size,
     document=windows.document[:count],
   ).summary()
-  spliced = summary["spliced"]
+  full = summary[f"prefix {widths[-1]}"]
   return {
     "ce_clean": summary["clean"]["ce"],
-    "delta_ce": spliced["delta_ce"],
-    "ce_recovered": spliced["ce_recovered"]["zero"]["value"],
-    "kl": spliced["kl"],
+    "delta_ce": full["delta_ce"],
+    "ce_recovered": full["ce_recovered"]["zero"]["value"],
+    "kl": full["kl"],
     "splice": summary,
   }
 
@@ -254,24 +274,49 @@ def _probe(config, model, d, store, windows, labels) -> dict[str, Any]:
     for name, label in label_rows(labels, windows.mask).items()
   }
   seeds = range(own["probe_seeds"])
-  out = {"sparse_probing": _noisy_probes(z, at, documents, x, seeds)}
+  out = {"sparse_probing": _or_why(_noisy_probes, z, at, documents, x, seeds)}
   if cfg.read == cfg.write and not cfg.parts:
-    out["absorption"] = _noisy_absorption(
-      d, z, x, np.asarray(store.read(0, count, "token")), model, seeds
+    tokens = np.asarray(store.read(0, count, "token"))
+    out["absorption"] = _or_why(
+      _noisy_absorption, d, z, x, tokens, model, seeds
     )
   live = np.flatnonzero(np.asarray((z > 0).sum(0)).ravel() >= 20)
   rng = np.random.default_rng(0)
   chosen = rng.permutation(live)[: own["explained"]]
   kinds = explain.candidates(windows.tokens, windows.mask, labels)
-  found = probing.explain_with_baselines(
-    z,
-    {name: kind[:count] for name, kind in kinds.items()},
-    documents,
-    chosen,
-    x,
+  kinds = {name: kind[:count] for name, kind in kinds.items()}
+  out["explained"] = _or_why(
+    _noisy_explained, z, kinds, documents, chosen, x, seeds
   )
-  out["explained"] = {name: e.summary() for name, e in found.items()}
   return out
+
+
+def _or_why(score, *args) -> dict[str, Any]:
+  """A score, or why these tokens are too few for it: the others go on."""
+  try:
+    return score(*args)
+  except ValueError as e:
+    log.warning("%s is left out: %s", score.__name__.strip("_"), e)
+    return {"left_out": str(e)}
+
+
+def _noisy_explained(z, kinds, documents, chosen, x, seeds):
+  """How latents and their baselines are explained, over seeds."""
+  runs = {
+    seed: probing.explain_with_baselines(
+      z, kinds, documents, chosen, x, seed=seed
+    )
+    for seed in seeds
+  }
+  return {
+    name: first.summary()
+    | {
+      "auroc": _noise(
+        probing.reseeded(lambda s, n=name: runs[s][n].auroc, seeds)
+      )
+    }
+    for name, first in runs[seeds[0]].items()
+  }
 
 
 def _noisy_probes(z, labels, documents, x, seeds):

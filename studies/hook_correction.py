@@ -101,7 +101,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     "definitions": DEFINITIONS,
     "versions": dictionary.versions(),
   }
-  (workdir / "results.json").write_text(json.dumps(results, indent=2))
+  dictionary.write_json(workdir / "results.json", results)
   return results
 
 

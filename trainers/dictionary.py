@@ -1,4 +1,4 @@
-"""The main job: train a dictionary (SAE or transcoder) on one model's sites.
+"""The main job: train dictionaries on models' sites.
 
   text -> tokens -> sites -> store -> dictionary -> held-out numbers -> page
 
@@ -26,6 +26,7 @@ from gemma_jax.report import dictionary as report
 from gemma_jax.report import sweep as sweep_report
 from trainers import dictionary_task, fields, loop, stores
 from trainers.dictionary_cost import plan
+from trainers.dictionary_members import grouped
 from trainers.dictionary_plan import Plan, prepare, sources
 
 __all__ = ["plan", "run"]
@@ -56,7 +57,7 @@ SPLICE_DEFINITIONS = {
     "Over the training steps, compilation and checkpoints included."
   ),
   "l0_train": "L0 in training, over the last log interval.",
-  "diverged_at": "Step after which it stayed as it was; None: to the end.",
+  "diverged": "Members left out, and the step whose loss was not finite.",
   "k": "Asked for.",
   "learning_rate": "Peak.",
   "sparsity": "Coefficient of the sparsity term.",
@@ -147,8 +148,15 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   tokens = config["train"]["steps"] * p.batch_size
   # GPUs would otherwise round the factors of float32 products to TF32.
   with jax.default_matmul_precision("highest"):
-    trained = dictionary_task.finish(p, state, stored["heldout"])
-    bad = [int(step) for step in state.first_bad]
+    names = [m.name for group in grouped(p.members) for m in group]
+    diverged = {
+      name: int(step)
+      for name, step in zip(names, state.first_bad, strict=True)
+      if step >= 0
+    }
+    trained = dictionary_task.finish(
+      p, state, stored["heldout"], without=set(diverged)
+    )
     del state
     for member, dictionary, _ in trained:
       dictionary.save(place(workdir, member.name) / "dictionary")
@@ -162,8 +170,9 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
       )
       for _, dictionary, _ in trained
     ]
-    model = models.load_model(directory, dtype=p.dtype, mesh=p.mesh)
-    spliced = [{} for _ in trained]
+    model, spliced = None, [{} for _ in trained]
+    if not cfg.parts or len(names) == 1:
+      model = models.load_model(directory, dtype=p.dtype, mesh=p.mesh)
     if not cfg.parts:
       spliced = _splice(p, model, [d for _, d, _ in trained], ridge, heldout)
   members = [
@@ -177,17 +186,20 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
       **numbers,
       **losses,
       **thresholds,
-      "l0_train": _last(rows, "l0", i),
-      "diverged_at": bad[i] if bad[i] >= 0 else None,
+      "l0_train": _last(rows, "l0", names.index(member.name)),
     }
-    for i, ((member, _, thresholds), (numbers, *_), losses) in enumerate(
-      zip(trained, measured, spliced, strict=True)
+    for (member, _, thresholds), (numbers, *_), losses in zip(
+      trained, measured, spliced, strict=True
     )
   ]
   results = {
     "model": config["model"]["name"],
     "sites": [cfg.read, cfg.write],
-    **(members[0] if len(members) == 1 else {"members": members}),
+    **(
+      members[0]
+      if len(names) == 1
+      else {"members": members, "diverged": diverged}
+    ),
     "tokens_train": tokens,
     "tokens_train_distinct": min(len(stored["train"]), tokens),
     "tokens_heldout": len(stored["heldout"]),
@@ -195,7 +207,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     "tokens_per_second_train": rows[-1]["tokens"] / rows[-1]["seconds"],
     "memory": loop.memory(),
     "dtypes": {
-      "model": str(model.params["embed"].dtype),
+      "model": p.dtype,
       "store": config["activations"]["dtype"],
       "metrics": "float32 values, float64 sums",
     },
@@ -209,7 +221,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     "versions": versions(),
   }
   # --------------------------------------------------------------- reports
-  if len(members) > 1:
+  if len(names) > 1:
     page = sweep_report.write(
       workdir, results=results, config=config, metrics=rows
     )
@@ -233,7 +245,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
       norms=norms,
       shown=shown,
     )
-  _write_json(workdir / "results.json", results)
+  write_json(workdir / "results.json", results)
   log.info("report: %s", page)
   return results
 
@@ -333,7 +345,8 @@ def versions() -> dict[str, str]:
   return out
 
 
-def _write_json(path: pathlib.Path, contents) -> None:
+def write_json(path: pathlib.Path, contents) -> None:
+  """Whole or not at all."""
   partial = path.with_name(f".{path.name}")
   partial.write_text(json.dumps(contents, indent=2))
   partial.rename(path)

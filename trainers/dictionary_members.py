@@ -2,10 +2,20 @@
 
 import dataclasses
 import itertools
+import math
 
 from gemma_jax import dictionaries
 from gemma_jax.dictionaries import defaults
 from gemma_jax.dictionaries.config import SELECTING, DictionaryConfig
+
+# Type, least value and what it must be below, for every axis of a sweep.
+RANGES = {
+  "learning_rate": (int | float, 0.0, math.inf),
+  "k": (int | float, 0.0, math.inf),
+  "sparsity": (int | float, 0.0, math.inf),
+  "width": (int, 1, 2**31),
+  "seed": (int, 0, 2**32),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +40,11 @@ class Member:
 def of(config, recipe, known, read, write) -> tuple[Member, ...]:
   """All combinations of a checked config's `sweep`; see `dictionary_plan`."""
   own = dict(config["dictionary"])
+  _require("seed", config["seed"], *RANGES["seed"])
   sweep = {name: tuple(v) for name, v in config["sweep"].items() if v}
   for name, values in sweep.items():
+    for value in values:
+      _require(f"sweep.{name}", value, *RANGES[name])
     if len(set(values)) < len(values):
       raise ValueError(f"sweep.{name}={list(values)} has a value twice.")
   groups = {
@@ -64,8 +77,10 @@ def of(config, recipe, known, read, write) -> tuple[Member, ...]:
   members = []
   for values in itertools.product(*sweep.values()):
     at = dict(zip(sweep, values, strict=True))
-    width = at.get("width", own["width"]) or known.width
-    k = at.get("k", own["k"] or known.k) if aims else None
+    width = at.get(
+      "width", known.width if own["width"] is None else own["width"]
+    )
+    k = at.get("k", known.k if own["k"] is None else own["k"]) if aims else None
     dictionary = DictionaryConfig(
       d_in=known.d_in,
       d_out=known.d_out,
@@ -86,7 +101,7 @@ def of(config, recipe, known, read, write) -> tuple[Member, ...]:
         dictionary,
         float(at.get("learning_rate", recipe.rate(width))),
         float(at.get("sparsity", recipe.sparsity_coefficient)),
-        int(at.get("seed", config["seed"])),
+        at.get("seed", config["seed"]),
       )
     )
   if recipe.sparsity != "none" and not all(m.sparsity for m in members):
@@ -96,6 +111,19 @@ def of(config, recipe, known, read, write) -> tuple[Member, ...]:
       f"loss {recipe.loss!r}."
     )
   return tuple(members)
+
+
+def _require(name, value, kind, least, most) -> None:
+  """Raises ValueError unless a value is of its type and range."""
+  if isinstance(value, bool) or not isinstance(value, kind):
+    raise ValueError(
+      f"{name}={value!r} must be "
+      f"{'a whole number' if kind is int else 'a number'}."
+    )
+  if not least <= value < most:
+    raise ValueError(
+      f"{name}={value!r} must be at least {least}, below {most}."
+    )
 
 
 def grouped(members: tuple[Member, ...]) -> list[tuple[Member, ...]]:

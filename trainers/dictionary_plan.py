@@ -1,6 +1,7 @@
 """What a dictionary run may be asked, and what it will cost."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,6 +98,25 @@ FIELDS = {
 }
 
 
+AT_LEAST_1 = (
+  "data.train_tokens",
+  "data.heldout_tokens",
+  "activations.batch_size",
+  "activations.buffer_rows",
+  "train.steps",
+  "train.batch_size",
+  "train.steps_per_dispatch",
+  "train.members_at_once",
+  "train.log_every",
+  "train.checkpoint_every",
+  "train.keep",
+  "eval.splice_tokens",
+  "eval.splice_batch_size",
+  "eval.latents",
+  "eval.contexts",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """Everything that is known before any long work, checked.
@@ -162,7 +182,7 @@ class Plan:
     """
     asked = self.config["train"]["members_at_once"]
     if asked is not None:
-      return max(1, asked)
+      return asked
     return 1 if jax.default_backend() == "cpu" else len(self.members)
 
   @property
@@ -207,15 +227,11 @@ def prepare(
       f"activations.dtype {acts['dtype']!r}; expected one of "
       f"{', '.join(activations.DTYPES)}."
     )
-  for name in (
-    "steps",
-    "log_every",
-    "checkpoint_every",
-    "keep",
-    "steps_per_dispatch",
-  ):
-    if train[name] < 1:
-      raise ValueError(f"train.{name}={train[name]} must be at least 1.")
+  for path in AT_LEAST_1:
+    group, name = path.split(".")
+    value = config[group][name]
+    if value is not None and value < 1:
+      raise ValueError(f"{path}={value} must be at least 1.")
   sizes = defaults.of(*(_widths(names, known) for names in (read, write)))
   recipe = _recipe(config)
   members = dictionary_members.of(config, recipe, sizes, read, write)
@@ -262,21 +278,48 @@ def prepare(
     mesh,
     train_mesh,
   )
-  wide = max(m.config.width for m in members)
-  counts = found.dictionary.activation == "batchtopk" and (
-    not found.sparse or recipe.resample_every
-  )
-  if counts and batch_size * wide > np.iinfo(np.int32).max:
+  _check_sizes(found)
+  return found
+
+
+def _check_sizes(p: Plan) -> None:
+  """Raises ValueError for what would only fail after the harvest."""
+  train = p.config["train"]
+  for member in p.members:
+    core.check(member.config, p.recipe)
+  if train["sparse"] and not p.sparse:
     raise ValueError(
-      f"train.batch_size={batch_size} times dictionary.width={wide} is more "
+      "train.sparse=True: the step of activation "
+      f"{p.dictionary.activation!r} with recipe.sparsity "
+      f"{p.recipe.sparsity!r} needs all latents. Leave train.sparse out."
+    )
+  wide = max(m.config.width for m in p.members)
+  tokens = p.config["data"]["train_tokens"]
+  if p.recipe.init == "examples" and tokens < wide:
+    raise ValueError(
+      f"data.train_tokens={tokens} cannot start {wide} latents, each at an "
+      "example. Harvest more, take a narrower dictionary, or "
+      "recipe.init='random'."
+    )
+  counts = p.dictionary.activation == "batchtopk" and (
+    not p.sparse or p.recipe.resample_every
+  )
+  if counts and p.batch_size * wide > np.iinfo(np.int32).max:
+    raise ValueError(
+      f"train.batch_size={p.batch_size} times dictionary.width={wide} is more "
       "activations than BatchTopK over all latents can count (2^31 - 1). Take "
       "smaller batches, or train.sparse=True without recipe.resample_every."
     )
-  return found
 
 
 def sources(config: Mapping[str, Any]) -> dict[str, str]:
   """Where every model comes from, by its name in sites."""
+  for name, source in config["models"].items():
+    if not (re.fullmatch(r"[\w-]+", name) and isinstance(source, str)):
+      raise ValueError(
+        f"config.models has {name!r}: {source!r}; expected a short name of "
+        "letters and digits, and where the model comes from."
+      )
   return {"": config["model"]["name"], **config["models"]}
 
 
@@ -288,36 +331,38 @@ def _widths(names, known) -> list[int]:
 def _sites(config, known) -> list[tuple[str, ...]]:
   """What is read, written and stored besides, spelled out and checked."""
   layer, acts = config["layer"], config["activations"]
-  found = []
+  found, where, used = [], {}, set()
   for name in ("read", "write", "also"):
     given = acts[name] or ()
     given = (given,) if isinstance(given, str) else given
     if layer is None and any("{layer}" in site for site in given):
       raise ValueError(f"activations.{name}={acts[name]!r} needs config.layer.")
-    found.append(tuple(s.replace("{layer}", str(layer)) for s in given))
-  read, write, also = found
-  where, used = {}, set()
-  for site in (*read, *write, *also):
-    model, own = activations.owner(site)
-    if model not in known:
-      raise ValueError(
-        f"Site {site!r}: config.models has no {model!r}; it has "
-        f"{', '.join(known) or 'none'}."
-      )
-    where[site] = sites.parse(own, known[model])
-    used.add(model)
+    spelled = []
+    for site in given:
+      model, own = activations.owner(site.replace("{layer}", str(layer)))
+      if model not in known:
+        raise ValueError(
+          f"Site {site!r}: config.models has no {model!r}; it has "
+          f"{', '.join(filter(None, known)) or 'none'}."
+        )
+      parsed = sites.parse(own, known[model])
+      spelled.append(f"{model}:{parsed}" if model else str(parsed))
+      where[spelled[-1]] = model, parsed
+      used.add(model)
+    found.append(tuple(spelled))
   if unused := set(known) - used:
     raise ValueError(
       f"No site of activations.read is one of {config['model']['name']}."
       if "" in unused
       else f"No site of activations.read begins with '{min(unused)}:'."
     )
-  if any(site.layer is None for site in where.values()):
+  if any(site.layer is None for _, site in where.values()):
     raise ValueError("activations.read and .write name one layer each, not *.")
+  read, write, _ = found
   order = sites.NAMES.index
   if len(read) == len(write) == 1:
-    a, b = where[read[0]], where[write[0]]
-    if len(used) > 1:
+    (model, a), (other, b) = where[read[0]], where[write[0]]
+    if model != other:
       raise ValueError(
         f"activations.read={read[0]} and activations.write={write[0]} are of "
         "two models; a transcoder stays in one."

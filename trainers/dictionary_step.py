@@ -68,8 +68,9 @@ def in_steps(recipe: Recipe, steps: int) -> Recipe:
 
 
 def _in_steps(length: float, steps: int) -> int:
-  """1 or less are shares of the whole training."""
-  return round(length * steps if length <= 1 else length)
+  """1 or less are shares of the whole training; at least a step, or none."""
+  given = length * steps if length <= 1 else length
+  return max(1, round(given)) if given else 0
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:

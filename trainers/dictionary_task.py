@@ -1,6 +1,7 @@
 """What the loop trains: the dictionary's task, and what comes of it."""
 
 import logging
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -182,8 +183,16 @@ def describe(p: Plan) -> str:
   """What will be trained and how, in a line for the log."""
   groups = grouped(p.members)
   path = "active latents only" if p.sparse else "all latents"
+  changes = {
+    name: value
+    for name, value in p.config["recipe"].items()
+    if name != "preset" and value is not None
+  }
+  own = ", ".join(f"{name}={value}" for name, value in changes.items())
   return (
-    f"{len(p.members)} {p.dictionary.activation} dictionaries, M = "
+    f"{len(p.members)} {p.dictionary.activation} dictionaries by "
+    f"{p.config['recipe'].get('preset', 'default')}"
+    f"{f' with {own}' if own else ''}, M = "
     f"{', '.join(str(group[0].config.width) for group in groups)}, after the "
     f"encoder's product by {path}, {p.members_at_once} at once, mesh "
     f"{dict(p.train_mesh.shape)}"
@@ -212,7 +221,11 @@ def _watch(row) -> dict[str, str]:
 
 
 def finish(
-  p: Plan, state: loop.State, store: ActivationStore
+  p: Plan,
+  state: loop.State,
+  store: ActivationStore,
+  *,
+  without: Collection[str] = (),
 ) -> list[tuple[Member, dictionaries.Dictionary, dict[str, float]]]:
   """The trained dictionaries on raw activations, and their thresholds.
 
@@ -220,6 +233,7 @@ def finish(
     p: the plan.
     state: of the loop.
     store: held-out activations, on whose inputs thresholds are calibrated.
+    without: names of members that diverged.
   """
   norm = jax.device_get(state.extra["norm"])
   widest = max(member.config.width for member in p.members)
@@ -227,12 +241,23 @@ def finish(
   batch = next(store.stream(rows, p.config["seed"] + 2, sites=p.sites))
   x, _ = _sides(p, batch)
   x = jnp.asarray(x)
+  data = p.config["data"]
+  # In SAELens' names where it has them.
+  metadata = {
+    "model_name": p.config["model"]["name"],
+    "context_size": data["context"],
+    "prepend_bos": data["bos"] in ("window", "both"),
+  }
+  if p.config["models"]:
+    metadata["models"] = dict(p.config["models"])
   out = []
   groups = zip(
     grouped(p.members), state.params, state.extra["states"], strict=True
   )
   for group, stacked, states in groups:
     for i, member in enumerate(group):
+      if member.name in without:
+        continue
       params, carried = jax.device_get(
         jax.tree.map(lambda a, i=i: a[i], (stacked, states))
       )
@@ -245,7 +270,9 @@ def finish(
         }
       folded = core.fold(member.config, p.recipe, params, norm, calibrated)
       folded = {name: jnp.asarray(a) for name, a in folded.items()}
-      dictionary = dictionaries.Dictionary(member.config, folded)
+      dictionary = dictionaries.Dictionary(
+        member.config, folded, {"metadata": metadata}
+      )
       out.append((member, dictionary, found))
   return out
 

@@ -32,6 +32,7 @@ DEFINITIONS = (
     "batch_size": "Rows in a batch, of which some numbers depend.",
     "fvu_interval": "95 % bootstrap interval of fvu over documents.",
     "fvu_prefixes": "The same with only the first n latents, every prefix.",
+    "l0_prefixes": "l0 of the first n latents, every prefix.",
     "fvu_min": "Smallest of fvu_prefixes.",
     "fvu_max": "Largest of fvu_prefixes.",
     "fvu_mean_prefixes": "Mean of fvu_prefixes.",
@@ -152,6 +153,10 @@ def evaluate(
     "fvu_prefixes": dict(
       zip(map(str, cfg.prefix_widths), by_prefix, strict=True)
     ),
+    "l0_prefixes": {
+      str(width): float(firing.density[:width].sum())
+      for width in cfg.prefix_widths
+    },
     "fvu_min": min(by_prefix),
     "fvu_max": max(by_prefix),
     "fvu_mean_prefixes": float(np.mean(by_prefix)),

@@ -153,7 +153,7 @@ class Recipe:
   resample_every: int = 0
   k_start: float | None = None
   k_anneal: float = 0.0
-  learning_rate: float | None = 4e-3
+  learning_rate: float | None = 3e-3
   skip_learning_rate: float = 0.3
   warmup: float = 0.03
   decay: float = 1.0
@@ -179,12 +179,23 @@ class Recipe:
       "aux_k",
       "aux_candidates",
       "clip",
+      "dead_after",
     ):
       if getattr(self, name) == 0:
         raise ValueError(f"recipe.{name} must be positive.")
     for name in ("beta1", "beta2", "threshold_decay"):
       if not getattr(self, name) < 1:
         raise ValueError(f"recipe.{name} must be less than 1.")
+    if (self.k_start is None) != (self.k_anneal == 0):
+      raise ValueError(
+        f"recipe.k_start={self.k_start} and recipe.k_anneal={self.k_anneal} "
+        "go together: from which k, over how many steps."
+      )
+    if self.log_threshold and self.threshold_init == 0:
+      raise ValueError(
+        "recipe.log_threshold needs a threshold_init above 0, whose logarithm "
+        "is finite."
+      )
     if self.decoder_norm == 0 and self.decoder != "free":
       raise ValueError(
         "recipe.decoder_norm must be positive; a free decoder may start at 0."

@@ -1,10 +1,15 @@
 """What the main job refuses, and what it warns of."""
 
+import dataclasses
+import typing
+
 import numpy as np
 import pytest
 
+from configs.base import RECIPE
 from gemma_jax.dictionaries import core, linear
 from gemma_jax.dictionaries.presets import preset
+from gemma_jax.dictionaries.recipe import Recipe
 from tests.trainers.runs import smoke
 from trainers import dictionary, dictionary_task
 
@@ -53,6 +58,37 @@ from trainers import dictionary, dictionary_task
       | {"activations.write": "b:blocks.2.mlp_out"},
       "are of two models",
     ),
+    ({"models": {"": "random:gemma2-tiny"}}, "expected a short name"),
+    ({"models": {"b": None}}, "where the model comes from"),
+    ({"eval.splice_batch_size": 0}, r"eval\.splice_batch_size=0 must be at le"),
+    ({"train.batch_size": -512}, r"train\.batch_size=-512 must be at least 1"),
+    ({"dictionary.k": 0.0}, r"k=0.0 must be in \(0, 768\]"),
+    ({"seed": -1}, "seed=-1 must be at least 0"),
+    ({"sweep.seed": [0, 1.5]}, r"sweep\.seed=1.5 must be a whole number"),
+    ({"sweep.width": [256.0]}, r"sweep\.width=256.0 must be a whole number"),
+    ({"sweep.learning_rate": ["a"]}, r"sweep\.learning_rate='a' must be a num"),
+    ({"sweep.learning_rate": [float("nan")]}, "nan must be at least 0"),
+    (
+      {"recipe.sparsity": "l0", "recipe.sparsity_coefficient": 1.0},
+      "sparsity 'l0' needs activation jumprelu",
+    ),
+    (
+      {"recipe.pre_activation_coefficient": 1.0},
+      "pre_activation_coefficient needs activation jumprelu",
+    ),
+    (
+      {"dictionary.activation": "relu", "train.sparse": True},
+      "train.sparse=True: the step of activation 'relu'",
+    ),
+    (
+      {"data.train_tokens": 600},
+      "train_tokens=600 cannot start 768 latents",
+    ),
+    (
+      {"activations.write": "blocks.2.hook_mlp_out"}
+      | {"activations.read": "blocks.2.mlp_out"},
+      "would learn the identity",
+    ),
     ({"track": ["mlflow"]}, "Unknown trackers"),
     ({"data.corpus": {"kind": "novel"}}, "unknown corpus kind"),
   ],
@@ -61,6 +97,16 @@ def test_a_bad_config_is_refused_by_name(changes, message, tmp_path):
   with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
     dictionary.run(smoke(**changes), tmp_path / "run")
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_config_has_every_field_of_a_recipe_by_its_type():
+  given = {
+    name: kind for kind, names in RECIPE.items() for name in names.split()
+  }
+  assert given == {
+    field.name: (typing.get_args(field.type) or (field.type,))[0]
+    for field in dataclasses.fields(Recipe)
+  }
 
 
 def test_a_corpus_shorter_than_a_batch_says_how_much_is_missing(tmp_path):

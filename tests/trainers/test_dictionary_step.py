@@ -285,6 +285,6 @@ def test_the_learning_rate_rises_and_falls_as_asked(warmup, decay, at, share):
 
 def test_a_share_of_the_training_becomes_steps():
   how = dictionary_step.in_steps(
-    recipe(sparsity_warmup=0.25, k_anneal=30.0), 200
+    recipe(sparsity_warmup=0.25, k_start=9.0, k_anneal=30.0), 200
   )
   assert (how.sparsity_warmup, how.k_anneal) == (50, 30)

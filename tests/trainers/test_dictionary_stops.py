@@ -41,6 +41,25 @@ def test_a_batch_with_nan_stops_names_the_step_and_keeps_the_checkpoint(
   assert np.isfinite(results["fvu"])
 
 
+def test_a_sweep_with_a_member_that_diverges_ends_with_the_others(tmp_path):
+  changes = {
+    "dictionary.activation": "gated",
+    "dictionary.skip": False,
+    "sweep.learning_rate": [4e-3, 1e3],
+    "train.steps": 20,
+  }
+  results = dictionary.run(smoke(**changes), tmp_path / "run")
+  (name,) = results["diverged"]
+  assert name == "learning_rate=1000.0"
+  assert results["diverged"][name] < 20
+  (member,) = results["members"]
+  assert np.isfinite([member["fvu"], member["delta_ce"]]).all()
+  assert not (tmp_path / "run/members" / name).exists()
+  rows = (tmp_path / "run/sweep.csv").read_text().splitlines()
+  assert len(rows) == 2
+  assert (tmp_path / "run/report.html").exists()
+
+
 def run_to_end(workdir, cache, steps):
   subprocess.run(
     command(workdir, cache, f"--config.train.steps={steps}"), check=True

@@ -21,6 +21,7 @@ from gemma_jax.dictionaries.core.forward import (
 )
 from gemma_jax.dictionaries.core.objective import (
   can_be_sparse,
+  check,
   constrain,
   hyper,
   loss,
@@ -35,6 +36,7 @@ __all__ = [
   "calibrate",
   "can_be_sparse",
   "centre_tokens",
+  "check",
   "constrain",
   "decode_prefixes",
   "fold",

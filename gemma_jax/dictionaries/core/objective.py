@@ -73,7 +73,7 @@ def loss(
   Raises:
     ValueError: the recipe does not suit the activation.
   """
-  _check(cfg, recipe)
+  check(cfg, recipe)
   sparse &= can_be_sparse(cfg, recipe)
   params, seen = terms.see(cfg, recipe, params, state, batch, axes)
   x, y, rows = seen.x, seen.y, seen.rows
@@ -173,8 +173,8 @@ def can_be_sparse(cfg: DictionaryConfig, recipe: Recipe) -> bool:
   return cfg.activation in SELECTING and recipe.sparsity == "none"
 
 
-def _check(cfg, recipe):
-  """Raises ValueError unless the recipe's terms suit the activation."""
+def check(cfg: DictionaryConfig, recipe: Recipe) -> None:
+  """Raises ValueError unless the recipe suits the dictionary."""
   needs = {
     "jumprelu": {
       f"sparsity {recipe.sparsity!r}": recipe.sparsity in terms.COUNTING,
@@ -191,6 +191,12 @@ def _check(cfg, recipe):
         )
   if recipe.sparsity in terms.COUNTING[1:] and cfg.k is None:
     raise ValueError(f"recipe.sparsity {recipe.sparsity!r} needs k.")
+  if cfg.parts and (recipe.normalise == "mean_norm" or cfg.layer_norm):
+    kind = "layer_norm" if cfg.layer_norm else "normalise 'mean_norm'"
+    raise ValueError(
+      f"recipe.{kind} is of one site; a crosscoder has {len(cfg.parts)}. Use "
+      "normalise 'mean_square', or another preset."
+    )
 
 
 def annealed(recipe, k, steps):
@@ -230,7 +236,9 @@ def _sparse(cfg, recipe, params, seen, k, most: int = 1):
   positive = jnp.where(found.value > 0, found.value, jnp.inf)
   smallest = -largest(-jnp.min(positive), axes.both)
   if recipe.rank_by_norm:
-    found = found._replace(value=found.value / norms[found.latent])
+    found = found._replace(
+      value=found.value / jnp.where(norms > 0, norms, 1)[found.latent]
+    )
   width = len(norms)
   written = pairs_lib.decode(
     cfg.prefix_widths,

@@ -234,10 +234,11 @@ def _splice(config, model, d, moments, windows) -> dict[str, Any]:
     _, found = reconstruct_prefixes(d.config, params, rows)
     return found[i].reshape(y.shape)
 
-  widths = d.config.prefix_widths
+  *widths, _ = d.config.prefix_widths
+  names = [*(f"prefix {width}" for width in widths), "spliced"]
   own = {
-    f"prefix {width}": Partial(functools.partial(spliced, i), d.params)
-    for i, width in enumerate(widths)
+    name: Partial(functools.partial(spliced, i), d.params)
+    for i, name in enumerate(names)
   }
   summary = metrics.splice_losses(
     model,
@@ -252,7 +253,7 @@ def _splice(config, model, d, moments, windows) -> dict[str, Any]:
     batch_size=batch_size,
     document=windows.document[:count],
   ).summary()
-  full = summary[f"prefix {widths[-1]}"]
+  full = summary["spliced"]
   return {
     "ce_clean": summary["clean"]["ce"],
     "delta_ce": full["delta_ce"],

@@ -23,7 +23,11 @@ def trained(tmp_path_factory):
   """The workdir of a short run, and the same dictionary as SAELens has it."""
   root = tmp_path_factory.mktemp("evaluate")
   base = gemma3_sae.get_config("smoke").to_dict()
-  changes = {"train.steps": 40, "dictionary.activation": "batchtopk"}
+  changes = {
+    "train.steps": 40,
+    "dictionary.activation": "batchtopk",
+    "dictionary.matryoshka": True,
+  }
   dictionary.run(jobs.changed(base, changes), root / "run")
   found = dictionaries.load(root / "run")
   found.save(root / "sae_lens", format="sae_lens")
@@ -52,8 +56,17 @@ def test_a_dictionary_in_another_format_gets_the_same_numbers(evaluated):
 
 
 def test_every_ablation_is_reported_with_its_gap_and_interval(evaluated):
-  splice = evaluated[0]["members"][0]["splice"]
-  assert {"zero", "mean", "resample", "spliced", "clean"} == set(splice)
+  member = evaluated[0]["members"][0]
+  splice = member["splice"]
+  prefixes = {"prefix 48", "prefix 144", "prefix 336"}
+  assert prefixes < set(splice)
+  assert {"zero", "mean", "resample", "spliced", "clean"} == (
+    set(splice) - prefixes
+  )
+  assert splice["prefix 48"]["kl"] > splice["spliced"]["kl"] > 0
+  shares = list(member["l0_prefixes"].values())
+  assert shares == sorted(shares)
+  assert shares[-1] == pytest.approx(member["l0"], rel=1e-5)
   for name, recovered in splice["spliced"]["ce_recovered"].items():
     gap = splice[name]["ce"] - splice["clean"]["ce"]
     assert recovered["gap"] == pytest.approx(gap)

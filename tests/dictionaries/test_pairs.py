@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax.dictionaries import pairs
+from gemma_jax.dictionaries import core, pairs
 from gemma_jax.dictionaries.presets import PRESETS, preset
 from tests.dictionaries import cases
 from tests.dictionaries.cases import M, run
@@ -89,6 +89,20 @@ def test_k_below_one_in_the_whole_batch_keeps_the_largest():
   found = per_batch(jnp.asarray(z), jnp.asarray(0.01), 0.01)
   expected = np.where(z == z.max(), z, 0)
   np.testing.assert_array_equal(as_dense(found, z.shape), expected)
+
+
+def test_a_decoder_row_of_zeros_is_ranked_last_and_breaks_nothing():
+  cfg = cases.make_config("topk")
+  recipe = cases.make_recipe(rank_by_norm=True)
+  params = cases.make_params(cfg)
+  params["W_dec"] = params["W_dec"].at[0].set(0)
+  args = params, cases.make_state(cfg), cases.make_batch(cfg)
+  hyper = core.hyper(cfg, recipe)
+  found = [
+    core.loss(cfg, recipe, *args, hyper, sparse=sparse)[0]
+    for sparse in (True, False)
+  ]
+  np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
 # ------------------------------------------------- sparse and dense training

@@ -90,11 +90,35 @@ def test_another_choice_lists_those_there_are(field):
       "a free decoder may start at 0",
     ),
     ({"target": "input"}, "would whiten the output as well"),
+    ({"dead_after": 0}, "recipe.dead_after must be positive"),
+    ({"k_start": 9.0}, "k_start=9.0 and recipe.k_anneal=0.0 go together"),
+    ({"k_anneal": 0.5}, "k_start=None and recipe.k_anneal=0.5 go together"),
+    (
+      {"log_threshold": True, "threshold_init": 0.0},
+      "log_threshold needs a threshold_init above 0",
+    ),
   ],
 )
 def test_a_recipe_that_cannot_be_is_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     Recipe(**changes)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"normalise": "mean_norm"}, "normalise 'mean_norm' is of one site"),
+    ({"layer_norm": True}, "layer_norm is of one site; a crosscoder has 2"),
+  ],
+)
+def test_what_is_of_one_site_is_refused_for_a_crosscoder(changes, message):
+  cfg = cases.make_sae(
+    "topk",
+    parts=(2, E - 2),
+    layer_norm=changes.get("layer_norm", False),
+  )
+  with pytest.raises(ValueError, match=message):
+    core.check(cfg, cases.make_recipe(**changes))
 
 
 # ----------------------------------------------------------- matryoshka_sae

@@ -1,6 +1,7 @@
 """What the main job refuses, and what it warns of."""
 
 import dataclasses
+import types
 import typing
 
 import numpy as np
@@ -11,7 +12,7 @@ from gemma_jax.dictionaries import core, linear
 from gemma_jax.dictionaries.presets import preset
 from gemma_jax.dictionaries.recipe import Recipe
 from tests.trainers.runs import smoke
-from trainers import dictionary, dictionary_task
+from trainers import dictionary, dictionary_task, stores
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,22 @@ def test_a_config_has_every_field_of_a_recipe_by_its_type():
     field.name: (typing.get_args(field.type) or (field.type,))[0]
     for field in dataclasses.fields(Recipe)
   }
+
+
+def test_a_model_that_cuts_the_text_otherwise_is_refused(monkeypatch):
+  sites = ["blocks.1.resid_post", "b:blocks.1.resid_post"]
+  changes = {"models": {"b": "random:gemma3-tiny"}, "dictionary.skip": False}
+  changes |= {"activations.read": sites, "activations.write": sites}
+  p = dictionary.prepare(smoke(**changes))
+  own = types.SimpleNamespace(tokens=np.arange(6))
+  stream = types.SimpleNamespace(collect=lambda: own)
+  monkeypatch.setattr(stores, "windows", lambda *_: {"heldout": stream})
+  dictionary._require_alike(p, "b", None, own)
+  other = types.SimpleNamespace(tokens=own.tokens + 1)
+  with pytest.raises(
+    ValueError, match=r"models\.b \(random:gemma3-tiny\) does"
+  ):
+    dictionary._require_alike(p, "b", None, other)
 
 
 def test_a_corpus_shorter_than_a_batch_says_how_much_is_missing(tmp_path):

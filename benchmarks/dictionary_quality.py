@@ -28,9 +28,9 @@ from studies import jobs
 
 SITE = "blocks.9.resid_post"
 RATES = {
-  "ours": (1e-3, 2e-3, 4e-3),
-  "dictionary_learning": (3e-4, 1e-3, 3e-3),
-  "sae_lens": (3e-4, 1e-3, 3e-3),
+  "ours": (1e-3, 2e-3, 3e-3, 4e-3),
+  "dictionary_learning": (3e-4, 1e-3, 3e-3, 1e-2),
+  "sae_lens": (3e-4, 1e-3, 3e-3, 1e-2),
 }
 
 
@@ -132,7 +132,7 @@ def main():
   parser.add_argument("--k", type=int, default=32)
   parser.add_argument("--tokens", type=int, default=400_000, help="harvested")
   parser.add_argument("--batch", type=int, default=1024)
-  parser.add_argument("--steps", type=int, default=300)
+  parser.add_argument("--steps", type=int, default=400)
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--json", action="store_true")
   args = parser.parse_args()

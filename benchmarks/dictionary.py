@@ -64,22 +64,18 @@ class Ours:
       prefix_widths=(args.width,),
     )
     group = tuple(Member(str(i), cfg, RATE, 0.0, i) for i in range(members))
-    one = jnp.ones(args.d)
-    norm = core.Normalisation(
-      jnp.zeros(args.d), jnp.eye(args.d), jnp.zeros(args.d), one, jnp.ones(())
-    )
-    first = jnp.ones(args.batch, bool)
+    norm = core.Normalisation.identity(args.d, args.d)
     head = x[: args.batch]
-
-    def init(key):
-      params, state = core.init(cfg, how, key, norm, None, (head, head, first))
-      opt = dictionary_step.optimizer(how).init(params)
-      return params, opt, state._replace(norm=None)
-
-    keys = jnp.stack([jax.random.key(m.seed) for m in group])
-    params, opt, states = jax.jit(lambda k: jax.lax.map(init, k))(keys)
+    self.state = dictionary_step.start(
+      [group],
+      how,
+      dictionary_step.keys([group]),
+      norm,
+      None,
+      (head, head, jnp.ones(args.batch, bool)),
+    )
+    (params,), *_ = self.state
     self.weights = {n: np.asarray(w[0]) for n, w in params.items()}
-    self.state = (params,), (opt,), {"norm": norm, "states": (states,)}
     step = dictionary_step.make(
       [group],
       how,

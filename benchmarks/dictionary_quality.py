@@ -107,10 +107,7 @@ def calibrated(d, store):
   if cfg.activation != "batchtopk":
     return d
   x = next(store.stream(4096, 2, sites=(SITE,)))[SITE]
-  zero = jnp.zeros(cfg.d_in)
-  norm = core.Normalisation(
-    zero, jnp.eye(cfg.d_in), zero, zero + 1, jnp.ones(())
-  )
+  norm = core.Normalisation.identity(cfg.d_in, cfg.d_out)
   plain = preset("default", "batchtopk")
   cut = core.calibrate(cfg, plain, d.params, norm, jnp.asarray(x), cfg.k)
   threshold = jnp.full(cfg.width, cut)

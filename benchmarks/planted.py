@@ -69,20 +69,14 @@ def ours(args, x, seed) -> dict[float, np.ndarray]:
   head = x[:8192]
   group = tuple(Member(str(r), cfg, r, 0.0, seed) for r in RATES)
 
-  def init(_):
-    params, state = core.init(
-      cfg,
-      how,
-      jax.random.key(seed),
-      norm,
-      None,
-      (head, head, np.ones(8192, bool)),
-    )
-    opt = dictionary_step.optimizer(how).init(params)
-    return params, opt, state._replace(norm=None)
-
-  params, opt, states = jax.lax.map(init, jnp.arange(len(group)))
-  carried = (params,), (opt,), {"norm": norm, "states": (states,)}
+  carried = dictionary_step.start(
+    [group],
+    how,
+    dictionary_step.keys([group]),
+    norm,
+    None,
+    (head, head, np.ones(len(head), bool)),
+  )
   step = dictionary_step.make(
     [group],
     how,

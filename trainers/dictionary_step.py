@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gemma_jax.dictionaries import core
+from gemma_jax.dictionaries import core, linear
 from gemma_jax.dictionaries.axes import Axes, total
 from gemma_jax.dictionaries.config import DictionaryConfig
 from gemma_jax.dictionaries.recipe import Recipe
@@ -76,6 +76,43 @@ def _in_steps(length: float, steps: int) -> int:
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
   """Adam without its learning rate, which members do not share."""
   return optax.scale_by_adam(recipe.beta1, recipe.beta2, recipe.epsilon)
+
+
+def keys(groups: list[tuple[Member, ...]]) -> tuple[jax.Array, ...]:
+  """Random keys of the members, stacked by group."""
+  return tuple(
+    jnp.stack([jax.random.key(member.seed) for member in group])
+    for group in groups
+  )
+
+
+def start(groups, recipe: Recipe, keys, norm, affine, examples):
+  """The state of all members at step 0, as the step takes it.
+
+  Args:
+    groups: members, those of one width together.
+    recipe: how all are trained; lengths in steps.
+    keys: of `keys`.
+    norm: `core.Normalisation`.
+    affine: (linear [D, E], bias [E]) from which skips start; None without.
+    examples: see `core.init`.
+
+  Returns:
+    params, opt_state, extra; see `make`.
+  """
+  out = []
+  for group, own in zip(groups, keys, strict=True):
+    cfg = group[0].config
+    ridge = linear.Ridge(*affine, 0.0) if cfg.skip else None
+
+    def one(key, cfg=cfg, ridge=ridge):
+      params, state = core.init(cfg, recipe, key, norm, ridge, examples)
+      opt_state = optimizer(recipe).init(params)
+      return params, opt_state, state._replace(norm=None)
+
+    out.append(jax.lax.map(one, own))
+  params, opt_state, states = zip(*out, strict=True)
+  return params, opt_state, {"norm": norm, "states": states}
 
 
 def hypers(group: tuple[Member, ...], recipe: Recipe) -> dict[str, np.ndarray]:

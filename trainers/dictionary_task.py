@@ -1,5 +1,6 @@
 """What the loop trains: the dictionary's task, and what comes of it."""
 
+import functools
 import logging
 from collections.abc import Collection
 
@@ -48,29 +49,7 @@ def make(
     shape((rows, e), f32),
     shape((rows,), bool),
   )
-  key_shape = jax.eval_shape(lambda: _keys(groups))
-
-  def init(keys, norm, affine, examples):
-    optimizer = dictionary_step.optimizer(recipe)
-    params, opt_state, states = [], [], []
-    for group, key in zip(groups, keys, strict=True):
-
-      def one(key, cfg=group[0].config):
-        params, state = core.init(
-          cfg,
-          recipe,
-          key,
-          norm,
-          linear.Ridge(*affine, 0.0) if cfg.skip else None,
-          examples,
-        )
-        return params, optimizer.init(params), state._replace(norm=None)
-
-      stacked = jax.lax.map(one, key)
-      for total, part in zip((params, opt_state, states), stacked, strict=True):
-        total.append(part)
-    extra = {"norm": norm, "states": tuple(states)}
-    return tuple(params), tuple(opt_state), extra
+  key_shape = jax.eval_shape(lambda: dictionary_step.keys(groups))
 
   def init_args():
     batch = next(store.stream(rows, seed + 1, sites=p.sites))
@@ -98,7 +77,12 @@ def make(
         "latents. Harvest more text, take a narrower dictionary, or "
         "recipe.init='random'."
       )
-    return _keys(groups), norm, (ridge.linear, ridge.bias), (x, y, first)
+    return (
+      dictionary_step.keys(groups),
+      norm,
+      (ridge.linear, ridge.bias),
+      (x, y, first),
+    )
 
   def batches(start, sharding):
     stream = store.stream(
@@ -119,7 +103,7 @@ def make(
   size = p.batch_size
   return loop.Task(
     members=tuple(member.name for group in groups for member in group),
-    init=init,
+    init=functools.partial(dictionary_step.start, groups, recipe),
     init_args=init_args,
     init_shapes=(key_shape, norm_shapes, ridge_shapes, example_shapes),
     step=dictionary_step.make(
@@ -158,13 +142,6 @@ def _check_thresholds(recipe, norm, x) -> None:
         recipe.normalise,
         typical,
       )
-
-
-def _keys(groups):
-  return tuple(
-    jnp.stack([jax.random.key(member.seed) for member in group])
-    for group in groups
-  )
 
 
 def _sides(p: Plan, batch):

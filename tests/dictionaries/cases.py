@@ -39,13 +39,7 @@ def make_recipe(**changes) -> Recipe:
 
 def identity(cfg) -> core.Normalisation:
   """Raw coordinates."""
-  return core.Normalisation(
-    jnp.zeros(cfg.d_in),
-    jnp.eye(cfg.d_in),
-    jnp.zeros(cfg.d_out),
-    jnp.ones(cfg.d_out),
-    jnp.ones(()),
-  )
+  return core.Normalisation.identity(cfg.d_in, cfg.d_out)
 
 
 def make_norm(cfg, seed=0, scales=()) -> core.Normalisation:

@@ -53,32 +53,16 @@ def rows(n=4096):
 
 
 def norm():
-  one = jnp.ones(D)
-  return core.Normalisation(
-    jnp.zeros(D), jnp.eye(D), jnp.zeros(D), one, jnp.asarray(0.2)
-  )
+  raw = core.Normalisation.identity(D, D)
+  return raw._replace(y_variance=jnp.asarray(0.2))
 
 
 def start(groups, how):
   """The state of all members at step 0, on one device."""
   x = jnp.asarray(rows())
   first = jnp.ones(len(x), bool)
-  params, opt_state, states = [], [], []
-  for group in groups:
-    own = []
-    for m in group:
-      p, s = core.init(
-        m.config, how, jax.random.key(m.seed), norm(), None, (x, x, first)
-      )
-      own.append(
-        (p, dictionary_step.optimizer(how).init(p), s._replace(norm=None))
-      )
-    p, o, s = jax.tree.map(lambda *a: jnp.stack(a), *own)
-    params.append(p)
-    opt_state.append(o)
-    states.append(s)
-  extra = {"norm": norm(), "states": tuple(states)}
-  return tuple(params), tuple(opt_state), extra
+  keys = dictionary_step.keys(groups)
+  return dictionary_step.start(groups, how, keys, norm(), None, (x, x, first))
 
 
 def train(groups, how, shape=(1, 1, 1), steps=STEPS, at_once=1, sparse=True):

@@ -44,14 +44,12 @@ def trained(activation):
   how = dictionary_step.in_steps(how, STEPS)
   norm = core.normalisation(linear.moments([(x, x)]), how)
   examples = x[:8192], x[:8192], np.ones(8192, bool)
-  params, state = core.init(cfg, how, jax.random.key(0), norm, None, examples)
-  opt = dictionary_step.optimizer(how).init(params)
-  one = jax.tree.map(
-    lambda a: a[None], (params, opt, state._replace(norm=None))
+  groups = [(Member("", cfg, how.rate(M), how.sparsity_coefficient, 0),)]
+  carried = dictionary_step.start(
+    groups, how, dictionary_step.keys(groups), norm, None, examples
   )
-  carried = (one[0],), (one[1],), {"norm": norm, "states": (one[2],)}
   step = dictionary_step.make(
-    [(Member("", cfg, how.rate(M), how.sparsity_coefficient, 0),)],
+    groups,
     how,
     models.make_mesh({}, jax.devices()[:1], AXES),
     steps=STEPS,

@@ -28,6 +28,12 @@ class Normalisation(NamedTuple):
   y_scale: jax.Array
   y_variance: jax.Array
 
+  @classmethod
+  def identity(cls, d_in: int, d_out: int) -> "Normalisation":
+    """Raw coordinates; y has a variance of 1 there."""
+    zero_x, zero_y = jnp.zeros(d_in), jnp.zeros(d_out)
+    return cls(zero_x, jnp.eye(d_in), zero_y, zero_y + 1, jnp.ones(()))
+
 
 class State(NamedTuple):
   """What a dictionary carries through training besides its parameters.

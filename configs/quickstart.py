@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
   c.dictionary.matryoshka = True
   c.dictionary.prefix_widths = (512, 1024, 2048, 4096)
   c.dictionary.skip = True
+  c.recipe.learning_rate = 4e-3
   c.train.steps = 900
   c.train.batch_size = 1_024
   c.train.log_every = 20

@@ -19,6 +19,11 @@ def smoke(**changes):
   return config
 
 
+def quick(**changes):
+  """The same with hardly any evaluation."""
+  return smoke(**{"eval.splice_tokens": 100, "eval.latents": 1} | changes)
+
+
 def command(workdir, cache, *more):
   return [
     sys.executable,

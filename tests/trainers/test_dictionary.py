@@ -9,7 +9,7 @@ import pytest
 
 from gemma_jax import dictionaries, metrics
 from gemma_jax.activations import ActivationStore, Joined
-from tests.trainers.runs import smoke
+from tests.trainers.runs import quick, smoke
 from trainers import dictionary, loop
 
 
@@ -99,7 +99,7 @@ def test_a_second_training_uses_the_first_ones_activations(
 
   module = importlib.import_module("gemma_jax.activations.harvester")
   monkeypatch.setattr(module, "Writer", refuse)
-  results = dictionary.run(smoke(seed=1, **{"train.steps": 10}), tmp_path / "b")
+  results = dictionary.run(quick(seed=1, **{"train.steps": 10}), tmp_path / "b")
   assert results["tokens_train"] == 10 * 512
 
 
@@ -111,7 +111,7 @@ def test_a_workdir_of_another_config_is_refused_with_what_differs(finished):
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
 def test_an_sae_is_a_transcoder_from_a_site_to_itself(kind, tmp_path):
-  config = smoke(
+  config = quick(
     **{
       "activations.read": "blocks.2.resid_post",
       "activations.write": "blocks.2.resid_post",
@@ -134,7 +134,7 @@ def test_several_steps_in_one_dispatch_are_the_same_steps(tmp_path):
   for stride in (1, 5):
     changes = {"train.steps_per_dispatch": stride, "train.steps": 20}
     workdir = tmp_path / str(stride)
-    dictionary.run(smoke(**changes), workdir)
+    dictionary.run(quick(**changes), workdir)
     rows = loop.read_metrics(workdir / "metrics.jsonl")
     found[stride] = [[row[n] for n in ("step", "fvu", "l0")] for row in rows]
   np.testing.assert_allclose(found[5], found[1], rtol=1e-4)
@@ -143,7 +143,7 @@ def test_several_steps_in_one_dispatch_are_the_same_steps(tmp_path):
 
 def test_a_crosscoder_reads_and_writes_several_layers(tmp_path):
   layers = ["blocks.1.resid_post", "blocks.2.resid_post"]
-  config = smoke(
+  config = quick(
     **{
       "activations.read": layers,
       "activations.write": layers,
@@ -174,7 +174,7 @@ def test_a_crosscoder_reads_and_writes_several_models(tmp_path):
   assert planned["model"] == (
     "gemma2, 3 of 5 layers run; gemma3, 2 of 8 layers run"
   )
-  results = dictionary.run(smoke(**changes), tmp_path / "run")
+  results = dictionary.run(quick(**changes), tmp_path / "run")
   found = dictionaries.load(tmp_path / "run")
   assert found.config.parts == (48, 48)
   assert results["fvu"] < 0.9

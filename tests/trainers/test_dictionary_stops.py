@@ -10,8 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from tests.trainers.runs import command, smoke
+from tests.trainers.runs import command, quick
 from trainers import dictionary, dictionary_task, loop
+
+LITTLE = ("--config.eval.splice_tokens=100", "--config.eval.latents=1")
 
 
 def test_a_batch_with_nan_stops_names_the_step_and_keeps_the_checkpoint(
@@ -32,12 +34,12 @@ def test_a_batch_with_nan_stops_names_the_step_and_keeps_the_checkpoint(
 
   monkeypatch.setattr(dictionary_task, "make", poisoned)
   with pytest.raises(FloatingPointError, match="not finite at step 47"):
-    dictionary.run(smoke(), tmp_path / "run")
+    dictionary.run(quick(), tmp_path / "run")
   monkeypatch.undo()
   kept = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
   assert "40" in kept
   assert "60" not in kept
-  results = dictionary.run(smoke(), tmp_path / "run")
+  results = dictionary.run(quick(), tmp_path / "run")
   assert np.isfinite(results["fvu"])
 
 
@@ -48,7 +50,7 @@ def test_a_sweep_with_a_member_that_diverges_ends_with_the_others(tmp_path):
     "sweep.learning_rate": [4e-3, 1e3],
     "train.steps": 20,
   }
-  results = dictionary.run(smoke(**changes), tmp_path / "run")
+  results = dictionary.run(quick(**changes), tmp_path / "run")
   (name,) = results["diverged"]
   assert name == "learning_rate=1000.0"
   assert results["diverged"][name] < 20
@@ -62,7 +64,8 @@ def test_a_sweep_with_a_member_that_diverges_ends_with_the_others(tmp_path):
 
 def run_to_end(workdir, cache, steps):
   subprocess.run(
-    command(workdir, cache, f"--config.train.steps={steps}"), check=True
+    command(workdir, cache, f"--config.train.steps={steps}", *LITTLE),
+    check=True,
   )
   return (workdir / "dictionary/dictionary.safetensors").read_bytes()
 
@@ -80,7 +83,7 @@ def test_runs_killed_at_random_moments_end_bit_for_bit_as_one_left_alone(
     workdir, cache = tmp_path / f"killed{i}", tmp_path / f"cache{i}"
     # Those to be killed need not compile, so they take about half as long.
     shutil.copytree(first / "compiled", cache / "compiled")
-    args = command(workdir, cache, f"--config.train.steps={steps}")
+    args = command(workdir, cache, f"--config.train.steps={steps}", *LITTLE)
     process = subprocess.Popen(args, stderr=subprocess.DEVNULL)
     time.sleep(rng.uniform(0.15, 0.55) * long)
     process.send_signal(signal.SIGKILL)

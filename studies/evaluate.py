@@ -221,7 +221,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     "versions": dictionary.versions(),
   }
   sweep_report.write(workdir, results=results, config=config, metrics=[])
-  dictionary.write_json(workdir / "results.json", results)
+  fields.write_json(workdir / "results.json", results)
   return results
 
 

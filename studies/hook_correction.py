@@ -101,7 +101,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     "definitions": DEFINITIONS,
     "versions": dictionary.versions(),
   }
-  dictionary.write_json(workdir / "results.json", results)
+  fields.write_json(workdir / "results.json", results)
   return results
 
 

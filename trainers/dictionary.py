@@ -245,7 +245,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
       norms=norms,
       shown=shown,
     )
-  write_json(workdir / "results.json", results)
+  fields.write_json(workdir / "results.json", results)
   log.info("report: %s", page)
   return results
 
@@ -343,10 +343,3 @@ def versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       continue  # running from a checkout that is not installed
   return out
-
-
-def write_json(path: pathlib.Path, contents) -> None:
-  """Whole or not at all."""
-  partial = path.with_name(f".{path.name}")
-  partial.write_text(json.dumps(contents, indent=2))
-  partial.rename(path)

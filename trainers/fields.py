@@ -89,9 +89,14 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   """Makes a new workdir this config's; see `compare` for one that is not."""
   compare(workdir, config)
   workdir.mkdir(parents=True, exist_ok=True)
-  partial = workdir / f".{NAME}"
-  partial.write_text(json.dumps(_plain(config), indent=2))
-  partial.rename(workdir / NAME)
+  write_json(workdir / NAME, config)
+
+
+def write_json(path: pathlib.Path, contents: Any) -> None:
+  """Writes a file whole or not at all."""
+  partial = path.with_name(f".{path.name}")
+  partial.write_text(json.dumps(contents, indent=2))
+  partial.rename(path)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

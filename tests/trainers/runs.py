@@ -3,20 +3,14 @@
 import sys
 
 from configs import gemma2b_transcoder
+from studies import jobs
 
 SMOKE = "configs/gemma2b_transcoder.py:smoke"
 
 
 def smoke(**changes):
   """The smoke config with `{"train.steps": 20}` and the like applied."""
-  config = gemma2b_transcoder.get_config("smoke").to_dict()
-  for path, value in changes.items():
-    *groups, name = path.split(".")
-    inner = config
-    for group in groups:
-      inner = inner[group]
-    inner[name] = value
-  return config
+  return jobs.changed(gemma2b_transcoder.get_config("smoke").to_dict(), changes)
 
 
 def quick(**changes):

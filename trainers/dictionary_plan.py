@@ -21,7 +21,7 @@ from trainers.dictionary_members import Member
 AXES = ("member", "data", "latent")  # of the training's mesh
 # Below this many latents for each active one all of them cost less than the
 # bookkeeping of a few: benchmarks/dictionary.py --crossover.
-SPARSE_FROM = 16
+SPARSE_FROM = 32
 OPTIONAL = (list, tuple, type(None))
 SITES = (str, list, tuple)  # several are a crosscoder's
 FIELDS = {

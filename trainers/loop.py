@@ -183,7 +183,7 @@ def train(
     stack.callback(store.close)
     stack.callback(batches.close)
     stack.callback(record.close)
-    stopping = stack.enter_context(_sigterm())
+    stopping = stack.enter_context(sigterm())
     stack.enter_context(jax.set_mesh(mesh))
     pending = None
     while done < steps:
@@ -213,7 +213,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _sigterm():
+def sigterm():
   """A list that is no longer empty once SIGTERM has arrived."""
   arrived = []
   try:

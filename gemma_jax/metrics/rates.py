@@ -40,9 +40,7 @@ def label_entropy(counts) -> float:
   return float(-np.sum(p * np.log2(p)))
 
 
-def gaussian_bound(
-  eigenvalues, bits
-) -> np.ndarray:
+def gaussian_bound(eigenvalues, bits) -> np.ndarray:
   """Least FVU of a Gaussian source at given rates: reverse water-filling.
 
   No code of a Gaussian vector with this covariance does better (Cover and

@@ -11,15 +11,9 @@ from gemma_jax.data import Windows
 from gemma_jax.dictionaries import Dictionary, linear
 from gemma_jax.dictionaries.evaluate import LatentStatistics
 from gemma_jax.models import Model
+from gemma_jax.report import contexts as contexts_
 from gemma_jax.report import plots
-from gemma_jax.report.page import (
-  Context,
-  Latent,
-  select_interesting,
-  write_page,
-)
-
-BEFORE, AFTER = 32, 16  # tokens shown around a peak
+from gemma_jax.report.page import Latent, select_interesting, write_page
 
 
 def latents(
@@ -46,10 +40,7 @@ def latents(
     promoted: tokens for each side of the vocabulary.
   """
   rows = statistics.top_rows
-  label = {
-    name: store.read(0, len(store), name)
-    for name in ("token", "document", "position")
-  }
+  label = contexts_.labels(store)
   known = np.maximum(rows, 0)
   index, score = select_interesting(
     density=statistics.density,
@@ -62,12 +53,18 @@ def latents(
   )
   if not len(index):
     return []
-  to_text = _to_text(model)
-  vocabulary = _vocabulary(dictionary, index, model, promoted, to_text)
+  to_text = contexts_.to_text(model)
+  decoder = np.asarray(dictionary.params["W_dec"])[index]
+  vocabulary = contexts_.vocabulary(decoder, model, promoted)
   found = []
   for i, (m, value) in enumerate(zip(index, score, strict=True)):
+
+    def activations(start, stop, m=int(m)):
+      x = linear.rows(store, start, stop, dictionary.config.read)
+      return np.asarray(dictionary.encode(x))[:, m]
+
     shown = [
-      _context(dictionary, store, label, windows, int(m), int(row), to_text)
+      contexts_.context(label, windows, int(row), activations, to_text)
       for row in rows[m][rows[m] >= 0][:contexts]
     ]
     found.append(
@@ -84,59 +81,6 @@ def latents(
       )
     )
   return found
-
-
-def _to_text(model):
-  tokenizer = model.tokenizer
-  if tokenizer is None:
-    return lambda ids: [f"<{i}>" for i in ids]
-  return lambda ids: [
-    token or f"<{i}>"
-    for i, token in zip(
-      ids, tokenizer.convert_ids_to_tokens([int(i) for i in ids]), strict=True
-    )
-  ]
-
-
-def _vocabulary(dictionary, index, model, count, to_text):
-  """Tokens whose logits each latent's direction raises and lowers most."""
-  decoder = np.asarray(dictionary.params["W_dec"])[index]
-  if decoder.shape[1] != model.config.width:  # no direction of the residual
-    return [[] for _ in index], [[] for _ in index]
-  gain = model.config.norm_offset + np.asarray(
-    model.params["final_norm"], np.float32
-  )
-  head = model.params["embed" if model.config.tied else "unembed"]
-  logits = np.asarray((decoder * gain) @ head.T, np.float32)
-  order = np.argsort(logits, axis=1)
-  return (
-    [to_text(row[::-1][:count]) for row in order],
-    [to_text(row[:count]) for row in order],
-  )
-
-
-def _context(dictionary, store, label, windows, m, row, to_text) -> Context:
-  """The tokens around a row, within its window and document."""
-  document, position = label["document"], label["position"]
-
-  def together(a, b):  # neighbours in one window and document
-    return document[a] == document[b] and position[a] + 1 == position[b]
-
-  start = stop = row
-  while start > 0 and row - start < BEFORE and together(start - 1, start):
-    start -= 1
-  last = len(store) - 1
-  while stop < last and stop - row < AFTER and together(stop, stop + 1):
-    stop += 1
-  x = linear.rows(store, start, stop + 1, dictionary.config.read)
-  _, source, name = windows.documents[document[row]]
-  return Context(
-    tokens=to_text(label["token"][start : stop + 1]),
-    activations=np.asarray(dictionary.encode(x))[:, m].tolist(),
-    peak=row - start,
-    source=source,
-    document=name,
-  )
 
 
 def write(

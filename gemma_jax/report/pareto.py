@@ -22,21 +22,28 @@ def frontier(x: Sequence[float], y: Sequence[float]) -> list[int]:
   return found
 
 
-def pareto_figure(points: Sequence[Mapping[str, Any]]) -> Figure | None:
+def pareto_figure(
+  points: Sequence[Mapping[str, Any]],
+  *,
+  key: str = "l0",
+  label: str = "L0 (latents per token)",
+) -> Figure | None:
   """One panel for every measure that points have; None if there is none.
 
   Args:
-    points: each with `name`, `l0`, and `fvu` or `delta_ce` or both. `group`,
+    points: each with `name`, `key`, and `fvu` or `delta_ce` or both. `group`,
       where points have one, is told by the colour.
+    key: what stands on the horizontal axis.
+    label: of that axis.
   """
   panels = {
-    key: here
-    for key in PANELS
+    panel: here
+    for panel in PANELS
     if (
       here := [
         p
         for p in points
-        if plots.is_finite(p.get("l0")) and plots.is_finite(p.get(key))
+        if plots.is_finite(p.get(key)) and plots.is_finite(p.get(panel))
       ]
     )
   }
@@ -44,8 +51,8 @@ def pareto_figure(points: Sequence[Mapping[str, Any]]) -> Figure | None:
     return None
   figure, grid = plots.canvas(3.6, columns=len(panels))
   groups = list(dict.fromkeys(str(p.get("group", "")) for p in points))
-  for axes, (key, here) in zip(grid[0], panels.items(), strict=True):
-    x, y = ([p[name] for p in here] for name in ("l0", key))
+  for axes, (panel, here) in zip(grid[0], panels.items(), strict=True):
+    x, y = ([p[name] for p in here] for name in (key, panel))
     edge = frontier(x, y)
     axes.plot(
       [x[i] for i in edge], [y[i] for i in edge], color="#aaaaaa", linewidth=1
@@ -53,8 +60,8 @@ def pareto_figure(points: Sequence[Mapping[str, Any]]) -> Figure | None:
     for number, group in enumerate(groups):
       own = [p for p in here if str(p.get("group", "")) == group]
       axes.scatter(
-        [p["l0"] for p in own],
         [p[key] for p in own],
+        [p[panel] for p in own],
         s=22,
         color=plots.COLOURS[number % len(plots.COLOURS)],
         label=group,
@@ -63,13 +70,13 @@ def pareto_figure(points: Sequence[Mapping[str, Any]]) -> Figure | None:
     for p in here:
       axes.annotate(
         p["name"],
-        (p["l0"], p[key]),
+        (p[key], p[panel]),
         textcoords="offset points",
         xytext=(4, 3),
         fontsize=6,
         color=plots.INK,
       )
-    plots.dress(axes, x="L0 (latents per token)", y=PANELS[key])
+    plots.dress(axes, x=label, y=PANELS[panel])
     if min(x) > 0 and max(x) > 4 * min(x):
       axes.set_xscale("log")
     if len(groups) > 1:
@@ -77,7 +84,7 @@ def pareto_figure(points: Sequence[Mapping[str, Any]]) -> Figure | None:
   return figure
 
 
-def pareto(points: Sequence[Mapping[str, Any]], path: str | Path):
+def pareto(points: Sequence[Mapping[str, Any]], path: str | Path, **options):
   """Writes `pareto_figure` as a PNG; its path, or None without a picture."""
-  drawn = pareto_figure(points)
+  drawn = pareto_figure(points, **options)
   return None if drawn is None else plots.save(drawn, path)

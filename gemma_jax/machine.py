@@ -1,5 +1,6 @@
 """What this machine has and can do, measured or asked."""
 
+import contextlib
 import os
 import pathlib
 import time
@@ -84,6 +85,12 @@ def host_memory() -> tuple[int, int]:
   if limit.exists() and limit.read_text().strip().isdigit():
     total = min(total, int(limit.read_text()))
   return total, min(total, available)
+
+
+def reset_peak_memory() -> None:
+  """Lets the peak of this process begin anew, where Linux allows it."""
+  with contextlib.suppress(OSError):
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def device_memory() -> tuple[int, int]:

@@ -267,32 +267,32 @@ def _probe(config, model, d, store, windows, labels) -> dict[str, Any]:
   """Sparse probing, first-letter absorption, and how latents are explained."""
   own, cfg = config["eval"], d.config
   count = min(own["probe_tokens"], len(store))
-  z = _sparse_latents(d, store, count)
   x = np.asarray(linear.rows(store, 0, count, cfg.read), np.float32)
+  z = sparse_latents(
+    lambda rows: scipy.sparse.csr_matrix(np.asarray(d.encode(rows))), x
+  )
   documents = np.asarray(store.read(0, count, "document"))
   at = {
     name: probing.Labels(label.values[:count], label.classes)
     for name, label in label_rows(labels, windows.mask).items()
   }
   seeds = range(own["probe_seeds"])
-  out = {"sparse_probing": _or_why(_noisy_probes, z, at, documents, x, seeds)}
+  out = {"sparse_probing": or_why(_noisy_probes, z, at, documents, x, seeds)}
   if cfg.read == cfg.write and not cfg.parts:
     tokens = np.asarray(store.read(0, count, "token"))
-    out["absorption"] = _or_why(
-      _noisy_absorption, d, z, x, tokens, model, seeds
-    )
+    out["absorption"] = or_why(_noisy_absorption, d, z, x, tokens, model, seeds)
   live = np.flatnonzero(np.asarray((z > 0).sum(0)).ravel() >= 20)
   rng = np.random.default_rng(0)
   chosen = rng.permutation(live)[: own["explained"]]
   kinds = explain.candidates(windows.tokens, windows.mask, labels)
   kinds = {name: kind[:count] for name, kind in kinds.items()}
-  out["explained"] = _or_why(
-    _noisy_explained, z, kinds, documents, chosen, x, seeds
+  out["explained"] = or_why(
+    noisy_explained, z, kinds, documents, chosen, x, seeds
   )
   return out
 
 
-def _or_why(score, *args) -> dict[str, Any]:
+def or_why(score, *args) -> dict[str, Any]:
   """A score, or why these tokens are too few for it: the others go on."""
   try:
     return score(*args)
@@ -301,7 +301,7 @@ def _or_why(score, *args) -> dict[str, Any]:
     return {"left_out": str(e)}
 
 
-def _noisy_explained(z, kinds, documents, chosen, x, seeds):
+def noisy_explained(z, kinds, documents, chosen, x, seeds):
   """How latents and their baselines are explained, over seeds."""
   runs = {
     seed: probing.explain_with_baselines(
@@ -376,19 +376,13 @@ def _noise(found: noise.Reseeded) -> dict[str, Any]:
   }
 
 
-def _sparse_latents(d, store, count, block: int = 2048):
-  """Activations of the first rows, CSR [R, M]."""
-  parts = [
-    scipy.sparse.csr_matrix(
-      np.asarray(
-        d.encode(
-          np.asarray(
-            linear.rows(store, at, min(at + block, count), d.config.read),
-            np.float32,
-          )
-        )
-      )
-    )
-    for at in range(0, count, block)
-  ]
+def sparse_latents(latents, x, block: int = 2048):
+  """CSR [R, M] of a function that gives the CSR of some rows.
+
+  Args:
+    latents: float32 [n, D] -> [n, M].
+    x: [R, D].
+    block: rows at once.
+  """
+  parts = [latents(x[at : at + block]) for at in range(0, len(x), block)]
   return scipy.sparse.vstack(parts, format="csr")

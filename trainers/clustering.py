@@ -16,8 +16,14 @@ from typing import Any
 import numpy as np
 from jax.tree_util import Partial
 
-from gemma_jax import activations, metrics, models
-from gemma_jax.clustering import agreement, evaluate, indices, quantise
+from gemma_jax import activations, machine, metrics, models
+from gemma_jax.clustering import (
+  agreement,
+  evaluate,
+  indices,
+  quantise,
+  seeding,
+)
 from gemma_jax.clustering.rows import StoredRows
 from gemma_jax.metrics import faithfulness
 from gemma_jax.models import sites
@@ -124,6 +130,16 @@ def prepare(config: Mapping[str, Any], about: models.ModelConfig | None = None):
     raise ValueError(
       "cluster.max_iter and train.checkpoint_every must be at least 1."
     )
+  if own["minibatch"] is not None and not 1 <= own["minibatch"] <= most:
+    raise ValueError(
+      f"cluster.minibatch={own['minibatch']}: expected null, or rows from 1 to "
+      f"the {most} tokens of data.train_tokens."
+    )
+  if own["init"] not in (*seeding.KINDS, "bisecting") or not own["tol"] >= 0:
+    raise ValueError(
+      f"cluster.init={own['init']!r}, cluster.tol={own['tol']}: expected one "
+      f"of {', '.join(seeding.KINDS)}, bisecting; and at least 0."
+    )
   if own["normalise"] not in activations.normalise.KINDS:
     raise ValueError(
       f"cluster.normalise={own['normalise']!r}; expected one of "
@@ -162,6 +178,11 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   site, about = prepare(config, models.read_config(directory))
   streams = stores.windows(config["data"], directory, about)
   mesh = models.make_mesh(config["mesh"])
+  if (config["cluster"]["minibatch"] or 0) % mesh.size:
+    raise ValueError(
+      f"cluster.minibatch={config['cluster']['minibatch']}: expected a "
+      f"multiple of the {mesh.size} devices."
+    )
   dtype = stores.default_dtype(config["model"]["dtype"])
   # ----------------------------------------------------------- activations
   stored = stores.harvest(
@@ -193,6 +214,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   members, trained = [], {}
   for k in own["counts"]:
     here = place(workdir, name(own, k))
+    machine.reset_peak_memory()
     quantiser = _quantiser(config, rows, coordinates, k, here, mesh)
     quantiser.save(here / "quantiser")
     trained[name(own, k)] = quantiser
@@ -234,6 +256,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   results = {
     "model": config["model"]["name"],
     "site": site,
+    "method": own["method"],
     "members": members,
     "tokens_train": len(stored["train"]),
     "tokens_heldout": len(stored["heldout"]),

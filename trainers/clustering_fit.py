@@ -70,6 +70,9 @@ def fit(
     before = _seconds(directory, now.number)
     began -= before
     start = now
+    converged = minibatch is None and method.converged(start)
+    if start.number >= max_iter or converged:
+      going = iter(())  # it was stopped between its last and the labels
     for now in _recorded(
       going, start, directory, k, len(rows), max_iter, began
     ):

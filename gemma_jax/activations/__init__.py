@@ -11,6 +11,7 @@ from gemma_jax.activations.repair import repair, verify
 from gemma_jax.activations.statistics import Statistics, measure
 from gemma_jax.activations.store import ActivationStore, is_complete
 from gemma_jax.activations.stream import Stream
+from gemma_jax.activations.tokens import TokenMeans, token_means
 from gemma_jax.activations.writer import Writer
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
   "Normalisation",
   "Statistics",
   "Stream",
+  "TokenMeans",
   "Writer",
   "fit",
   "fitting_batch",
@@ -31,5 +33,6 @@ __all__ = [
   "owner",
   "repair",
   "store_path",
+  "token_means",
   "verify",
 ]

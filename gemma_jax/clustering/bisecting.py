@@ -52,6 +52,7 @@ def bisect(
   rng = np.random.default_rng(seed)
   labels = np.zeros(rows, np.int32)
   centroids, counts, inertia = _sums(blocks, mesh, labels, 1)
+  whole = np.zeros(1, bool)  # no cut parts their rows
   with progress.bar(clusters, "bisecting", unit="centroids") as bar:
     bar.update(1)
     while (now := len(centroids)) < clusters:
@@ -63,8 +64,16 @@ def bisect(
           f"most {now}."
         )
       labels = _split(blocks, mesh, take, labels, centroids, able, rng)
-      centroids, counts, inertia = _sums(blocks, mesh, labels, now + len(able))
-      bar.update(len(able))
+      # What seems to be inertia may be rounding: then a half stays empty.
+      there = np.bincount(labels, minlength=now + len(able)) > 0
+      labels = (np.cumsum(there, dtype=np.int32) - 1)[labels]
+      failed = ~(there[able] & there[now:])
+      whole = np.append(whole, failed)
+      whole[able] = failed
+      whole = whole[there]
+      centroids, counts, inertia = _sums(blocks, mesh, labels, len(whole))
+      inertia[whole] = 0
+      bar.update(len(whole) - now)
   return centroids.astype(np.float32)
 
 
@@ -77,6 +86,9 @@ def _split(blocks, mesh, take, labels, centroids, able, rng):
   middle = centroids.astype(np.float32)
   way = np.zeros_like(middle)
   way[able] = take(first[able]) - middle[able]
+  # Where that row is the mean itself, across any.
+  none = able[~way[able].any(axis=1)]
+  way[none] = rng.standard_normal(way[none].shape)
   child = np.full(now, -1, np.int32)
   child[able] = now + np.arange(len(able), dtype=np.int32)
   for _ in range(PASSES):

@@ -159,8 +159,12 @@ class Lloyd:
       rounding=self._rounding,
     ):
       yield now
-      if not now.moved or now.shift <= self._least_shift:
+      if self.converged(now):
         return
+
+  def converged(self, now: lloyd.Iteration) -> bool:
+    """Whether `iterations` ends with this one."""
+    return not now.moved or now.shift <= self._least_shift
 
   def minibatches(
     self, start: lloyd.Iteration, size: int, *, seed: int
@@ -183,7 +187,12 @@ class Lloyd:
       )
     stream = self._rows.batches(size, seed, start.number * steps)
     return minibatch(
-      map(self._placed, stream), start, self._mesh, steps=steps, seed=seed
+      map(self._placed, stream),
+      start,
+      self._mesh,
+      steps=steps,
+      seed=seed,
+      unit=self._unit,
     )
 
   def finish(self, last: lloyd.Iteration) -> KMeans:

@@ -20,8 +20,8 @@ log = logging.getLogger("gemma_jax")
 REASSIGN = 0.01  # of the largest count: clusters below it are moved
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-def _step(mesh, centroids, seen, x):
+@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=(1, 2))
+def _step(mesh, centroids, seen, x, unit):
   """Sculley 2010, algorithm 1, with a batch's rows of a cluster at once."""
   axes = mesh.axis_names
 
@@ -36,8 +36,11 @@ def _step(mesh, centroids, seen, x):
     local, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P()
   )(centroids, x)
   seen = seen + counts
-  moved = part / jnp.maximum(seen, 1)[:, None]
-  return centroids + moved, seen, inertia, jnp.sum(moved * moved)
+  new = centroids + part / jnp.maximum(seen, 1)[:, None]
+  if unit:
+    size = jnp.linalg.norm(new, axis=1, keepdims=True)
+    new = jnp.where(size > 0, new / size, centroids)
+  return new, seen, inertia, jnp.sum((new - centroids) ** 2)
 
 
 def minibatch(
@@ -47,6 +50,7 @@ def minibatch(
   *,
   steps: int,
   seed: int,
+  unit: bool = False,
 ) -> Iterator[Iteration]:
   """Iterations of `steps` batches each, without end.
 
@@ -61,6 +65,7 @@ def minibatch(
     mesh: over which the rows of a batch are split.
     steps: batches of an iteration.
     seed: of the rows that centroids are moved to.
+    unit: whether centroids are scaled to norm 1.
 
   Yields:
     Iterations whose inertia is of the rows of their batches, each against
@@ -75,7 +80,7 @@ def minibatch(
     inertia, shift = 0.0, 0.0
     for _ in range(steps):
       x = jax.device_put(next(batches), by_row)
-      centroids, seen, part, moved = _step(mesh, centroids, seen, x)
+      centroids, seen, part, moved = _step(mesh, centroids, seen, x, unit)
       inertia, shift = inertia + part, shift + moved
     centroids, counts = np.array(centroids), np.array(seen, np.int64)
     rng = np.random.default_rng((seed, now.number))
@@ -98,5 +103,5 @@ def _reassign(centroids, counts, x, rng) -> int:
   if len(few):
     log.info("%d of %d clusters go to other rows", len(few), len(counts))
     centroids[few] = x[rng.choice(len(x), len(few), replace=False)]
-    counts[few] = np.delete(counts, few).min(initial=1)
+    counts[few] = max(1, np.delete(counts, few).min())
   return len(few)

@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from gemma_jax import machine
 from gemma_jax.activations import Normalisation
 from gemma_jax.clustering.kmeans import KMeans, kmeans
 from gemma_jax.clustering.lloyd import nearest
-from gemma_jax.clustering.rows import MappedRows, Rows, as_rows
+from gemma_jax.clustering.rows import ArrayRows, MappedRows, Rows, as_rows
 
 KINDS = ("residual", "product", "spherical")
 FORMAT = 1
+BLOCK = 2**14  # rows that are subtracted from at once
 Fit = Callable[..., KMeans]
 RAW = Normalisation("none", *np.float32([0, 1, 1]))
 
@@ -199,29 +201,32 @@ def fit_residual(
   """Residual quantisation: k-means of what the stages before left.
 
   Args:
-    x: rows [N, D] in the coordinates.
+    x: rows [N, D] in the coordinates; what is left of them is held in memory.
     k: C, of each stage.
     stages: S.
     coordinates: those of the rows; None: raw.
     seed: of the first stage; each has another.
     fit: (rows, k, *, seed) -> `KMeans`.
+
+  Raises:
+    MemoryError: the rows do not fit.
   """
   rows: Rows = as_rows(x)
-  found: list[np.ndarray] = []
-
-  def left(z):
-    q = Quantiser("residual", RAW, jnp.asarray(found))
-    return _left(q, z)
-
+  need, free = 4 * len(rows) * rows.width, machine.host_memory()[1]
+  if 2 * need > free:
+    raise MemoryError(
+      f"{len(rows)} rows of {rows.width} need {need / 2**30:.1f} GiB twice, "
+      f"and {free / 2**30:.1f} GiB are free. Give fewer rows."
+    )
+  left = rows.read(0, len(rows)).copy()
+  centroids = []
   for stage in range(stages):
-    here = MappedRows(rows, left, rows.width) if found else rows
-    found.append(fit(here, k, seed=seed + stage).centroids)
-  return _about_their_mean("residual", coordinates, np.asarray(found))
-
-
-@jax.jit
-def _left(quantiser, z):
-  return z - quantiser.reconstruct(z)
+    found = fit(ArrayRows(left), k, seed=seed + stage)
+    centroids.append(found.centroids)
+    for start in range(0, len(left), BLOCK):
+      part = slice(start, start + BLOCK)
+      left[part] -= found.centroids[found.labels[part]]
+  return _about_their_mean("residual", coordinates, np.asarray(centroids))
 
 
 def fit_product(

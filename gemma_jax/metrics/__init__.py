@@ -1,6 +1,6 @@
 """Numbers that decide: reconstruction, faithfulness, how latents behave."""
 
-from gemma_jax.metrics.ablation import ABLATIONS, Resample, ablations
+from gemma_jax.metrics.ablation import ABLATIONS, ByToken, Resample, ablations
 from gemma_jax.metrics.definitions import RunningReconstruction
 from gemma_jax.metrics.faithfulness import (
   SpliceLosses,
@@ -18,6 +18,7 @@ from gemma_jax.metrics.reconstruction import RunningFVU, fvu
 
 __all__ = [
   "ABLATIONS",
+  "ByToken",
   "Resample",
   "RunningFVU",
   "RunningLatents",

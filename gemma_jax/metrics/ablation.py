@@ -28,6 +28,17 @@ class Resample:
   seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class ByToken:
+  """A replacement that knows which token stands where.
+
+  Attributes:
+    function: (tokens [B, T], value read, value replaced) -> replacement.
+  """
+
+  function: Partial
+
+
 def ablations(mean, *, seed: int = 0) -> dict[str, Replacement | Resample]:
   """The three ablations of `ABLATIONS`, for `splice_losses`.
 

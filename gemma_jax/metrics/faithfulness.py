@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from gemma_jax import progress
 from gemma_jax.metrics.ablation import (
   ABLATIONS,
+  ByToken,
   Replacement,
   Resample,
   donors,
@@ -136,7 +137,7 @@ def splice_losses(
   model: Model,
   tokens: np.ndarray,
   mask: np.ndarray,
-  replacements: Mapping[str, Replacement | Resample],
+  replacements: Mapping[str, Replacement | Resample | ByToken],
   *,
   read: str,
   write: str,
@@ -154,9 +155,9 @@ def splice_losses(
     tokens: int [W, T].
     mask: bool [W, T], True where a position counts: not BOS, not padding, no
       other special token.
-    replacements: name -> function, or `Resample`; "clean" is added. Large
-      parameters belong in a `jax.tree_util.Partial`: what a function closes
-      over is compiled into the program.
+    replacements: name -> function, `Resample` or `ByToken`; "clean" is
+      added. Large parameters belong in a `jax.tree_util.Partial`: what a
+      function closes over is compiled into the program.
     read: site that the functions read, in the same block as `write`.
     write: site that they replace.
     batch_size: windows in one forward pass.
@@ -202,6 +203,9 @@ def splice_losses(
       if isinstance(fn, Resample):
         chosen = donors(*padded[1:], generators[name])
         fn = Partial(of_others, sharding.put_batch(chosen, model.mesh))
+      elif isinstance(fn, ByToken):
+        ids = sharding.put_batch(padded[0], model.mesh)
+        fn = Partial(_by_token, fn.function, ids)
       functions.append(fn if isinstance(fn, Partial) else Partial(fn))
     counted = padded[1][:, 1:].reshape(-1)
     values = _row_values(
@@ -231,7 +235,7 @@ def spliced_cross_entropy(
   model: Model,
   tokens: np.ndarray,
   mask: np.ndarray,
-  replacements: Mapping[str, Replacement | Resample],
+  replacements: Mapping[str, Replacement | Resample | ByToken],
   *,
   read: str,
   write: str,
@@ -300,6 +304,10 @@ def _same_block(read: str, write: str, cfg) -> str:
       f"read={read!r} and write={write!r} must be sites of one block."
     )
   return source.name
+
+
+def _by_token(function, tokens, x, y):
+  return function(tokens, x, y)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))

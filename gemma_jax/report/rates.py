@@ -1,0 +1,141 @@
+"""What codes explain at which cost: pictures and a page."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from gemma_jax.metrics.rates import gaussian_bound
+from gemma_jax.report import plots
+from gemma_jax.report.page import write_page
+
+BUDGETS = {
+  "bits": "bits per token",
+  "parameters": "parameters",
+  "encode_flops": "FLOPs to encode a token",
+}
+MEASURES = {"fvu": "FVU", "delta_ce": "ΔCE (nats per token)"}
+
+
+def rates_figure(rows: Sequence[Mapping[str, Any]], eigenvalues) -> Figure:
+  """FVU and delta CE against each budget, a colour for each kind of code.
+
+  Args:
+    rows: of codes, with `kind`, the budgets and the measures.
+    eigenvalues: of the covariance, [D], for the line of the Gaussian bound.
+  """
+  figure, grid = plots.canvas(6.4, rows=len(MEASURES), columns=len(BUDGETS))
+  kinds = list(dict.fromkeys(row["kind"] for row in rows))
+  for line, measure in zip(grid, MEASURES, strict=True):
+    for axes, budget in zip(line, BUDGETS, strict=True):
+      for number, kind in enumerate(kinds):
+        own = sorted(
+          (row[budget], row[measure])
+          for row in rows
+          if row["kind"] == kind
+          and row[budget] > 0
+          and plots.is_finite(row.get(measure))
+        )
+        if own:
+          axes.plot(
+            *zip(*own, strict=True),
+            "o-",
+            color=plots.COLOURS[number % len(plots.COLOURS)],
+            markersize=3.5,
+            linewidth=0.9,
+            label=kind,
+          )
+      if measure == "fvu" and budget == "bits":
+        high = max(row["bits"] for row in rows)
+        bits = np.geomspace(1, max(high, 2), 100)
+        axes.plot(
+          bits,
+          gaussian_bound(eigenvalues, bits),
+          color="#aaaaaa",
+          linestyle="--",
+          linewidth=1,
+          label="Gaussian bound",
+        )
+      plots.dress(axes, x=BUDGETS[budget], y=MEASURES[measure])
+      axes.set_xscale("log")
+      if measure == "fvu":
+        axes.set_yscale("log")
+  plots.key(grid[0][0])
+  return figure
+
+
+def interpretability_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+  """AUROC of rules on tokens against bits, with the shuffled control.
+
+  Args:
+    rows: of codes; those without `auroc` are left out.
+  """
+  figure, grid = plots.canvas(3.6)
+  (axes,) = grid[0]
+  kinds = list(dict.fromkeys(row["kind"] for row in rows))
+  for row in rows:
+    if not plots.is_finite(row.get("auroc")):
+      continue
+    colour = plots.COLOURS[kinds.index(row["kind"]) % len(plots.COLOURS)]
+    axes.errorbar(
+      row["bits"], row["auroc"], row["auroc_mdd"], fmt="o", color=colour
+    )
+    axes.plot(row["bits"], row["auroc_shuffled"], "x", color="#aaaaaa")
+    axes.annotate(
+      row["name"],
+      (row["bits"], row["auroc"]),
+      textcoords="offset points",
+      xytext=(4, 3),
+      fontsize=6,
+      color=plots.INK,
+    )
+  axes.set_xscale("log")
+  plots.dress(axes, x=BUDGETS["bits"], y="AUROC of short rules (x: shuffled)")
+  return figure
+
+
+def write(
+  workdir: pathlib.Path,
+  *,
+  results: Mapping[str, Any],
+  config: Mapping[str, Any],
+  eigenvalues,
+) -> pathlib.Path:
+  """Writes `plots/*.png` and `report.html`.
+
+  Args:
+    workdir: of the study.
+    results: with `rows`, `versus`, `answers`.
+    config: resolved, as plain dicts.
+    eigenvalues: of the training rows' covariance, [D].
+  """
+  folder, rows = workdir / "plots", results["rows"]
+  pictures = {
+    "What is explained, and what the model loses, at which cost": plots.save(
+      rates_figure(rows, eigenvalues), folder / "rates.png"
+    ),
+  }
+  if any("auroc" in row for row in rows):
+    pictures["How well rules on tokens say what is active"] = plots.save(
+      interpretability_figure(rows), folder / "interpretability.png"
+    )
+  named = {
+    **results,
+    "rows": {row["name"]: dict(row) for row in rows},
+    "versus": dict(enumerate(results["versus"])),
+    "answers": dict(enumerate(results["answers"])),
+  }
+  return write_page(
+    workdir / "report.html",
+    title=f"Clusterings and dictionaries of {results['model']}, "
+    f"{results['site']}",
+    results=named,
+    config=dict(config),
+    plots=pictures,
+    latents=[],
+    summary=[
+      (f"Answer {i}", text, "") for i, text in enumerate(results["answers"], 1)
+    ],
+  )

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
   c.cluster.method = "kmeans"
   c.cluster.counts = (256,)
   c.cluster.stages = 1
+  c.cluster.rank = 0
   c.cluster.init = "k-means++"
   c.cluster.max_iter = 25
   c.cluster.tol = 1e-4

@@ -59,6 +59,7 @@ FIELDS = {
 }
 SAMPLE = 4_096  # training rows on which the bits of a value are measured
 BLOCK = 2_048  # rows at once
+MOST_NEAREST = 1_024  # clusters whose nearest latents are sought
 BUDGETS = {"bits": "bits", "parameters": "parameters", "encode_flops": "FLOPs"}
 COLUMNS = (
   "name",
@@ -100,6 +101,11 @@ DEFINITIONS = {
   "auroc_shuffled": "auroc of the latents, dealt to other tokens.",
   "seconds_train": "Fitting alone: neither harvest nor evaluation.",
   "encode_tokens_per_second": "Reconstructing blocks of held-out rows.",
+  "nearest_latents": (
+    "Medians over clusters of the largest cosine of a decoder's row with the "
+    "centroid (less their mean), and of the largest correlation of a latent's "
+    "firing with membership; beside shuffled dims, or tokens."
+  ),
   "host_memory_peak": "Bytes of this process while fitting, at most.",
   "difference": (
     "Theirs less ours, with a 95 % bootstrap interval over documents; of "
@@ -214,12 +220,16 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
       **scores.get(row["name"], {}),
     }
   versus = _versus(found, rows, sums, losses)
+  nearest = _nearest_latents(
+    found, *_pairs(members, clustered, workdir), store["heldout"], site
+  )
   results = {
     "model": sae["model"]["name"],
     "site": site,
     "rows": rows,
     "versus": versus,
     "answers": answers(versus),
+    "nearest_latents": nearest,
     "ce_clean": summary["clean"]["ce"],
     "ablations": {n: summary[n]["delta_ce"] for n in metrics.ABLATIONS},
     "tokens_train": len(store["train"]),
@@ -256,7 +266,7 @@ def _codes(config, members, clustered, workdir, store, site, about):
     spent = member["tokens_train"] / member["tokens_per_second_train"]
     found.append(
       codes.of_dictionary(
-        f"sae {member['name'] or ''}".strip(),
+        _name(member),
         dictionaries.load(member["path"]),
         sample,
         seconds_train=spent / len(members),
@@ -309,6 +319,26 @@ def _codes(config, members, clustered, workdir, store, site, about):
       codes.of_tokens(means, _of_the_rest(config, store, site, means))
     )
   return found, moments
+
+
+def _name(member) -> str:
+  """Of a dictionary among the codes."""
+  return f"sae {member['name'] or ''}".strip()
+
+
+def _pairs(members, clustered, workdir):
+  """k-means with at most `MOST_NEAREST` clusters, and dictionaries, by name."""
+  quantisers = {
+    member["name"]: Quantiser.load(
+      clustering.place(workdir / name, member["name"]) / "quantiser"
+    )
+    for name, results in clustered.items()
+    for member in results["members"]
+    if results["method"] == "kmeans" and member["clusters"] <= MOST_NEAREST
+  }
+  return quantisers, {
+    _name(member): dictionaries.load(member["path"]) for member in members
+  }
 
 
 def _of_the_rest(config, store, site, means) -> Quantiser:
@@ -451,6 +481,63 @@ def _interpreted(config, model, found, store, site, windows):
       "explained_latents": len(chosen),
     }
   return out
+
+
+def _nearest_latents(found, quantisers, members, store, site):
+  """For every k-means the latents of every dictionary nearest to a cluster.
+
+  By direction: cosine of the decoder's row with the centroid less the mean of
+  the centroids. By activity: correlation of firing with membership. Each
+  beside the same for a shuffled partner.
+  """
+  x = np.asarray(store.read(0, len(store), site), np.float32)
+  rng = np.random.default_rng(0)
+  by_name = {code.name: code for code in found}
+  fires = {
+    name: evaluate.sparse_latents(by_name[name].latents, x) > 0
+    for name in members
+  }
+  out = []
+  for name, q in quantisers.items():
+    centroids = np.asarray(q.centroids[0])
+    ways = _unit(centroids - centroids.mean(0))
+    inside = evaluate.sparse_latents(by_name[name].latents, x) > 0
+    dealt = inside[rng.permutation(len(x))]
+    for sae, d in members.items():
+      rows = _unit(np.asarray(d.params["W_dec"]))
+      cosines = ways @ rows.T
+      turned = ways[:, rng.permutation(ways.shape[1])] @ rows.T
+      together = _correlations(inside, fires[sae])
+      apart = _correlations(dealt, fires[sae])
+      out.append(
+        {
+          "clusters": name,
+          "dictionary": sae,
+          "cosine_median": float(np.median(cosines.max(1))),
+          "cosine_null": float(np.median(turned.max(1))),
+          "correlation_median": float(np.median(together.max(1))),
+          "correlation_null": float(np.median(apart.max(1))),
+          "same_latent": float(
+            np.mean(cosines.argmax(1) == together.argmax(1))
+          ),
+          "latent_by_cosine": cosines.argmax(1).tolist(),
+          "latent_by_correlation": together.argmax(1).tolist(),
+        }
+      )
+  return out
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+  return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+
+
+def _correlations(a, b) -> np.ndarray:
+  """Pearson between the columns of two Boolean CSR [R, C], [R, M]."""
+  count = a.shape[0]
+  both = (a.astype(np.float32).T @ b.astype(np.float32)).toarray() / count
+  p, q = (np.asarray(m.sum(0)).ravel() / count for m in (a, b))
+  spread = np.sqrt(np.outer(p * (1 - p), q * (1 - q)))
+  return (both - np.outer(p, q)) / np.maximum(spread, 1e-30)
 
 
 def _versus(found, rows, sums, losses) -> list[dict[str, Any]]:

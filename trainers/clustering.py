@@ -24,6 +24,9 @@ from gemma_jax.clustering import (
   quantise,
   seeding,
 )
+from gemma_jax.clustering.em import fit_mixture
+from gemma_jax.clustering.gaussian import gaussian_baselines
+from gemma_jax.clustering.mixture import held_out
 from gemma_jax.clustering.rows import StoredRows
 from gemma_jax.metrics import faithfulness
 from gemma_jax.models import sites
@@ -34,7 +37,7 @@ from trainers.dictionary_plan import FIELDS as RUN
 
 log = logging.getLogger("gemma_jax")
 
-METHODS = ("kmeans", "spherical", "residual", "product")
+METHODS = ("kmeans", "spherical", "residual", "product", "mixture")
 FIELDS = {
   "job": str,
   "seed": int,  # of the first centroids and of mini-batches
@@ -51,6 +54,7 @@ FIELDS = {
     "method": str,  # one of METHODS
     "counts": (list, tuple),  # C: one member for each
     "stages": int,  # S of "residual" and "product"
+    "rank": int,  # of the covariances of "mixture"; 0: diagonal
     "init": str,  # see gemma_jax.clustering.kmeans
     "max_iter": int,
     "tol": float,
@@ -73,6 +77,11 @@ DEFINITIONS = {
   **{f"splice.{n}": text for n, text in faithfulness.DEFINITIONS.items()},
   **{f"tokens.{n}": text for n, text in agreement.DEFINITIONS.items()},
   "inertia": "Mean squared distance of a training row, in its coordinates.",
+  "log_likelihood": (
+    "Of a mixture, held-out, in its coordinates, nats per row or dim; and what "
+    "it is over a single Gaussian, full or diagonal. Its numbers as a "
+    "quantiser are those of its means."
+  ),
   "seconds_train": "Clustering alone: neither harvest nor evaluation.",
 }
 
@@ -125,6 +134,11 @@ def prepare(config: Mapping[str, Any], about: models.ModelConfig | None = None):
     raise ValueError(
       f"cluster.counts={own['counts']}: expected numbers of clusters from 1 to "
       f"the {most} tokens of data.train_tokens."
+    )
+  if own["rank"] < 0 or (own["rank"] and own["method"] != "mixture"):
+    raise ValueError(
+      f"cluster.rank={own['rank']} with cluster.method={own['method']!r}: "
+      "expected 0, or more with 'mixture'."
     )
   if own["max_iter"] < 1 or config["train"]["checkpoint_every"] < 1:
     raise ValueError(
@@ -215,7 +229,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   for k in own["counts"]:
     here = place(workdir, name(own, k))
     machine.reset_peak_memory()
-    quantiser = _quantiser(config, rows, coordinates, k, here, mesh)
+    quantiser, density = _quantiser(config, rows, coordinates, k, here, mesh)
     quantiser.save(here / "quantiser")
     trained[name(own, k)] = quantiser
     members.append(
@@ -227,6 +241,11 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
         "host_memory_peak": loop.memory()["host_memory_peak"],
       }
     )
+    if density is not None:
+      density.save(here / "mixture.safetensors")
+      there = StoredRows(stored["heldout"], site, coordinates)
+      baselines = gaussian_baselines(rows)
+      members[-1]["log_likelihood"] = held_out(density, there, baselines)
   # ------------------------------------------------------------ evaluation
   measured = {}
   for member in members:
@@ -294,7 +313,7 @@ def place(workdir: pathlib.Path, member: str) -> pathlib.Path:
 
 
 def _quantiser(config, rows, coordinates, k, directory, mesh):
-  """A member, from its checkpoints as far as they go."""
+  """A member, from its checkpoints as far as they go, and its density."""
   own, numbers = config["cluster"], itertools.count()
 
   def one(rows, k, *, seed):
@@ -311,7 +330,7 @@ def _quantiser(config, rows, coordinates, k, directory, mesh):
 
   several = {"residual": quantise.fit_residual, "product": quantise.fit_product}
   if own["method"] in several:
-    return several[own["method"]](
+    found = several[own["method"]](
       rows,
       k,
       own["stages"],
@@ -319,10 +338,23 @@ def _quantiser(config, rows, coordinates, k, directory, mesh):
       seed=config["seed"],
       fit=one,
     )
-  return quantise.of_centroids(
-    one(rows, k, seed=config["seed"]).centroids,
-    coordinates,
-    spherical=own["method"] == "spherical",
+    return found, None
+  found, density = one(rows, k, seed=config["seed"]), None
+  centroids = found.centroids
+  if own["method"] == "mixture":
+    density = fit_mixture(
+      rows,
+      centroids,
+      found.labels,
+      rank=own["rank"],
+      max_iter=own["max_iter"],
+      seed=config["seed"],
+    )
+    centroids = density.means.astype(np.float32)
+  spherical = own["method"] == "spherical"
+  return (
+    quantise.of_centroids(centroids, coordinates, spherical=spherical),
+    density,
   )
 
 

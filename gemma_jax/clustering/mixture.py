@@ -9,11 +9,13 @@ precision.
 
 import dataclasses
 import functools
+import pathlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
 from gemma_jax.clustering import gaussian, lloyd
 from gemma_jax.clustering.rows import as_rows
@@ -110,6 +112,12 @@ class Mixture:
     centre, terms = self._centred
     part = _factors_of(np.asarray(x, np.float32) - centre, best, terms)
     return np.float32(self.means[best] + self.noise[best] * np.asarray(part))
+
+  def save(self, path: pathlib.Path) -> None:
+    """Writes the parameters as a safetensors file."""
+    names = ("weights", "means", "noise", "loadings")
+    arrays = {n: np.ascontiguousarray(getattr(self, n)) for n in names}
+    save_file(arrays, pathlib.Path(path))
 
   @functools.cached_property
   def _centred(self) -> tuple[np.ndarray, Terms]:

@@ -23,6 +23,12 @@ log = logging.getLogger("gemma_jax")
 COLUMNS = ("name", "bits", "bits_entropy", "fvu", "delta_ce", "kl")
 COLUMNS += ("empty_fraction", "size_gini", "silhouette", "seconds_train")
 PROMOTED = 8  # tokens for each side of the vocabulary
+MOST_NAMED = 8  # tokens and sources of a cluster
+ORDER = (
+  "The largest clusters first, with the held-out contexts nearest to the "
+  "centroid; promoted are tokens whose logits the centroid, less the mean of "
+  "all centroids, raises most."
+)
 
 
 def clusters(
@@ -48,40 +54,67 @@ def clusters(
     count: clusters.
   """
   label, words = contexts.labels(store), contexts.to_text(model)
+  sources = store.read(0, len(store), "source")
   codes = statistics.codes[:, 0]
   shown = np.argsort(-statistics.counts, kind="stable")[:count]
   shown = shown[statistics.counts[shown] > 0]
-  middle = np.asarray(quantiser.coordinates.mean)
-  directions = [np.zeros(quantiser.width)] * len(shown)
-  if quantiser.kind != "product":
-    first = np.asarray(quantiser.centroids[0])[shown]
-    directions = np.asarray(quantiser.coordinates.invert(first)) - middle
   raised, lowered = contexts.vocabulary(
-    np.asarray(directions).reshape(len(shown), -1), model, PROMOTED
+    _directions(quantiser, shown), model, PROMOTED
   )
-  return [
-    Latent(
-      index=int(c),
-      density=float(statistics.counts[c] / len(store)),
-      mean_activation=1.0,
-      max_activation=1.0,
-      interest=float(statistics.counts[c] / len(store)),
-      contexts=[
-        contexts.context(
-          label,
-          windows,
-          int(row),
-          lambda start, stop, c=c: (codes[start:stop] == c).astype(float),
-          words,
-        )
-        for row in statistics.top_rows[c]
-        if row >= 0
-      ],
-      promoted=raised[i],
-      suppressed=lowered[i],
+  found = []
+  for i, c in enumerate(map(int, shown)):
+    inside = codes == c
+    near = statistics.top_rows[c]
+    found.append(
+      Latent(
+        index=c,
+        density=float(inside.mean()),
+        mean_activation=1.0,
+        max_activation=1.0,
+        interest=None,
+        contexts=[
+          contexts.context(
+            label,
+            windows,
+            int(row),
+            lambda start, stop, at=inside: at[start:stop].astype(float),
+            words,
+          )
+          for row in near[near >= 0]
+        ],
+        promoted=raised[i],
+        suppressed=lowered[i],
+        notes=[
+          "Tokens: " + _shares(label["token"][inside], words),
+          "Sources: "
+          + _shares(
+            sources[inside], lambda ids: [store.sources[n] for n in ids]
+          ),
+        ],
+      )
     )
-    for i, c in enumerate(shown)
-  ]
+  return found
+
+
+def _directions(quantiser: Quantiser, shown: np.ndarray) -> np.ndarray:
+  """Centroids of the first stage less their mean, raw [n, D]."""
+  first = np.asarray(quantiser.centroids[0])
+  if quantiser.kind == "product":
+    return first[shown]  # of some dims only: no direction of the model
+  raw = np.asarray(quantiser.coordinates.invert(first))
+  return (raw - raw.mean(0))[shown]
+
+
+def _shares(ids: np.ndarray, words) -> str:
+  """The commonest of some labels and their shares, in words."""
+  values, counts = np.unique(ids, return_counts=True)
+  top = np.argsort(-counts, kind="stable")[:MOST_NAMED]
+  return ", ".join(
+    f"{word!r} {share:.0%}"
+    for word, share in zip(
+      words(values[top]), counts[top] / len(ids), strict=True
+    )
+  )
 
 
 def write(
@@ -122,6 +155,8 @@ def write(
     config=dict(config),
     plots={"Bits against FVU and delta CE, held-out": picture},
     latents=clusters,
+    noun="Cluster",
+    order=ORDER,
     summary=[
       ("Smallest FVU", best["fvu"], f"held-out; {best['name']}"),
       ("Bits", best["bits"], "per token, of a code of fixed length"),

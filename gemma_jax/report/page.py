@@ -76,22 +76,24 @@ class Latent:
     density: fraction of held-out tokens on which it fired.
     mean_activation: mean over the tokens on which it fired.
     max_activation: maximum over held-out tokens; full colour on the page.
-    interest: score from `select_interesting`.
+    interest: score from `select_interesting`, or None.
     contexts: where it fired most, strongest first.
     promoted: tokens whose logits its decoder row raises most.
     suppressed: tokens whose logits its decoder row lowers most.
     prefix: width of the smallest Matryoshka prefix that holds it, or None.
+    notes: more about it, a line each.
   """
 
   index: int
   density: float
   mean_activation: float
   max_activation: float
-  interest: float
+  interest: float | None
   contexts: list[Context] = field(default_factory=list)
   promoted: list[str] = field(default_factory=list)
   suppressed: list[str] = field(default_factory=list)
   prefix: int | None = None
+  notes: list[str] = field(default_factory=list)
 
 
 def select_interesting(
@@ -307,6 +309,7 @@ def _card(latent: Latent) -> dict:
     "latent": latent,
     "contexts": views,
     "peak": _show(peak).strip(),
+    "notes": [_show(note) for note in latent.notes],
     "promoted": [_show(token) for token in latent.promoted],
     "suppressed": [_show(token) for token in latent.suppressed],
   }
@@ -332,6 +335,8 @@ def write_page(
   plots: Mapping[str, str | Path],
   latents: Sequence[Latent],
   summary: Sequence[tuple[str, object, str]],
+  noun: str = "Latent",
+  order: str = INTEREST,
 ) -> Path:
   """Writes everything about a run into one HTML file that opens offline.
 
@@ -350,6 +355,8 @@ def write_page(
     latents: what to show, best first, with up to eight contexts each.
     summary: (label, value, explanation) of each headline number; name the
       baseline or the denominator in the explanation.
+    noun: what `latents` are.
+    order: why these ones, in this order.
 
   Returns:
     The path.
@@ -373,7 +380,8 @@ def write_page(
     summary=summary,
     plots=[(caption, _embed(plot)) for caption, plot in plots.items()],
     cards=[_card(latent) for latent in latents],
-    interest=INTEREST,
+    noun=noun,
+    order=order,
     results=[
       (key, format_value(value), _definition(key, definitions))
       for key, value in _leaves(

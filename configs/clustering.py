@@ -39,6 +39,8 @@ def get_config() -> ConfigDict:
   c.eval.splice_tokens = 4_096
   c.eval.splice_batch_size = 4
   c.eval.silhouette_rows = 2_000
+  c.eval.stability_seeds = 0
+  c.eval.gap_draws = 0
   c.eval.contexts = 8
   c.eval.clusters = 20
   return c
@@ -55,5 +57,7 @@ def smoke(c: ConfigDict, model: str) -> None:
   c.train.checkpoint_every = 2
   c.eval.splice_tokens = 1_000
   c.eval.silhouette_rows = 200
+  c.eval.stability_seeds = 2
+  c.eval.gap_draws = 2
   c.eval.contexts = 4
   c.eval.clusters = 5

@@ -15,6 +15,8 @@ def get_config(arg: str = ""):
   for name in ("layer", "model", "data"):
     c[name] = run[name]
   c.activations.batch_size = 8
+  c.eval.stability_seeds = 3
+  c.eval.gap_draws = 3
   c.cluster.counts = (64, 256, 1_024, 4_096)
   if base.check(arg):
     clustering.smoke(c, "random:gemma3-tiny")

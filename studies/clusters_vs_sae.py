@@ -157,6 +157,8 @@ def prepare(config: Mapping[str, Any]):
         "splice_tokens": 0,
         "splice_batch_size": own["splice_batch_size"],
         "silhouette_rows": 1_000,
+        "stability_seeds": 0,
+        "gap_draws": 0,
         "contexts": 8,
         "clusters": 10,
       },

@@ -55,6 +55,10 @@ def own_cache(tmp_path_factory):
   """A cache directory that the whole session shares and nobody else sees."""
   directory = tmp_path_factory.mktemp("cache")
   os.environ["GEMMA_JAX_CACHE"] = str(directory)
+  # The workers of one session share what they compile.
+  shared = tmp_path_factory.getbasetemp().parent / "compiled"
+  jax.config.update("jax_compilation_cache_dir", str(shared))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
   return directory
 
 

@@ -20,7 +20,9 @@ from gemma_jax import activations, machine, metrics, models
 from gemma_jax.clustering import (
   agreement,
   evaluate,
+  gap,
   indices,
+  kmeans,
   quantise,
   seeding,
 )
@@ -37,6 +39,7 @@ from trainers.dictionary_plan import FIELDS as RUN
 
 log = logging.getLogger("gemma_jax")
 
+SAMPLE = 16_384  # rows that are clustered again
 METHODS = ("kmeans", "spherical", "residual", "product", "mixture")
 FIELDS = {
   "job": str,
@@ -68,6 +71,8 @@ FIELDS = {
     "splice_tokens": int,  # 0: none
     "splice_batch_size": int,
     "silhouette_rows": int,  # held-out rows of the exact silhouette; 0: none
+    "stability_seeds": int,  # of clusterings of a sample; 0: none
+    "gap_draws": int,  # of each null of the gap statistic; 0: none
     "contexts": int,  # of each cluster on the page
     "clusters": int,  # on the page
   },
@@ -76,6 +81,12 @@ DEFINITIONS = {
   **evaluate.DEFINITIONS,
   **{f"splice.{n}": text for n, text in faithfulness.DEFINITIONS.items()},
   **{f"tokens.{n}": text for n, text in agreement.DEFINITIONS.items()},
+  "stability": (
+    "Adjusted mutual information of the clusters of one sample of at most "
+    f"{SAMPLE} training rows from several seeds: 0 is chance, 1 the same."
+  ),
+  "gap_permuted": "Gap statistic of the sample; null: every dim dealt alone.",
+  "gap_gaussian": "The same; null: a Gaussian of the same covariance.",
   "inertia": "Mean squared distance of a training row, in its coordinates.",
   "log_likelihood": (
     "Of a mixture, held-out, in its coordinates, nats per row or dim; and what "
@@ -139,6 +150,15 @@ def prepare(config: Mapping[str, Any], about: models.ModelConfig | None = None):
     raise ValueError(
       f"cluster.rank={own['rank']} with cluster.method={own['method']!r}: "
       "expected 0, or more with 'mixture'."
+    )
+  if config["eval"]["stability_seeds"] == 1:
+    raise ValueError("eval.stability_seeds=1: expected 0, or 2 to compare.")
+  again = config["eval"]["stability_seeds"] or config["eval"]["gap_draws"]
+  if again and 4 * max(own["counts"]) > SAMPLE:
+    raise ValueError(
+      f"eval.stability_seeds and eval.gap_draws cluster {SAMPLE} rows again, "
+      f"and cluster.counts has {max(own['counts'])}. Set both to 0, or ask for "
+      f"at most {SAMPLE // 4} clusters."
     )
   if own["max_iter"] < 1 or config["train"]["checkpoint_every"] < 1:
     raise ValueError(
@@ -259,6 +279,8 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     )
     measured[member["name"]] = clusters
     member |= numbers | _indices(config, stored["heldout"], site, clusters)
+    if own["method"] == "kmeans":
+      member |= _again(config, rows, member["clusters"])
   windows = streams["heldout"].collect()
   model = models.load_model(directory, dtype=dtype, mesh=mesh)
   if config["eval"]["splice_tokens"]:
@@ -381,6 +403,38 @@ def _indices(config, store, site, clusters) -> dict[str, Any]:
     )
     out["silhouette"] = score.value
     out["silhouette_interval"] = score.interval
+    out["davies_bouldin"] = indices.davies_bouldin(x, labels)
+    out["calinski_harabasz"] = indices.calinski_harabasz(x, labels)
+  return out
+
+
+def _again(config, rows, k) -> dict[str, Any]:
+  """What other seeds and rows without clusters would give, on a sample."""
+  own, out = config["eval"], {}
+  rng = np.random.default_rng(config["seed"])
+  count = min(len(rows), SAMPLE)
+  x = rows.take(np.sort(rng.choice(len(rows), count, replace=False)))
+  options = {"init": config["cluster"]["init"], "max_iter": 10}
+  if own["stability_seeds"]:
+    found = agreement.stability(
+      [
+        kmeans(x, k, seed=seed, **options).labels
+        for seed in range(own["stability_seeds"])
+      ]
+    )
+    out["stability"] = {"ami": found.mean, "ami_sd": found.sd}
+  for null in gap.NULLS if own["gap_draws"] else ():
+    found = gap.gap_statistic(
+      x,
+      lambda rows: kmeans(rows, k, **options).inertia,
+      null=null,
+      draws=own["gap_draws"],
+      seed=config["seed"],
+    )
+    out[f"gap_{null}"] = {
+      "value": found.gap,
+      "standard_error": found.standard_error,
+    }
   return out
 
 

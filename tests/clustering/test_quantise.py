@@ -117,10 +117,9 @@ def test_far_from_the_origin_codes_are_still_those_of_numpy(kind):
 
 def test_far_from_the_origin_a_fit_loses_nothing():
   x = grid(cloud())
-  for stages in (1, 3):
-    near = mse(quantise.fit_residual(x, 8, stages), x)
-    far = mse(quantise.fit_residual(x + 1e4, 8, stages), x + 1e4)
-    assert far == pytest.approx(near, rel=0.05)
+  near = mse(quantise.fit_residual(x, 8, 3), x)
+  far = mse(quantise.fit_residual(x + 1e4, 8, 3), x + 1e4)
+  assert far == pytest.approx(near, rel=0.05)
   near = mse(quantise.fit_product(x, 8, 3), x)
   far = mse(quantise.fit_product(x + 1e4, 8, 3), x + 1e4)
   assert far == pytest.approx(near, rel=0.05)

@@ -1,5 +1,6 @@
 """Clusterings of a site, from text to the page; stopped and begun again."""
 
+import functools
 import itertools
 import json
 import os
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 from configs import gemma3_270m_clustering
-from gemma_jax import activations
+from gemma_jax import activations, checkpoints
+from gemma_jax.clustering import quantise
 from gemma_jax.clustering.quantise import Quantiser
 from gemma_jax.clustering.rows import as_rows
+from gemma_jax.data import standard_library
 from studies import jobs
 from tests.clustering.test_kmeans import mesh
 from trainers import clustering, clustering_fit, loop
@@ -30,8 +33,13 @@ SMALL = {
   "eval.silhouette_rows": 60,
   "eval.clusters": 2,
   "eval.contexts": 2,
+  "eval.stability_seeds": 0,
+  "eval.gap_draws": 0,
 }
 QUICK = {"eval.splice_tokens": 0, "eval.silhouette_rows": 0}
+QUICK |= {"eval.clusters": 1, "eval.contexts": 1}
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def config(**changes):
@@ -45,9 +53,9 @@ def quick(**changes):
   return config(**QUICK | {"cluster.counts": [16]} | changes)
 
 
-def fitted(workdir, member="kmeans16", stage=0):
+def fitted(workdir, member):
   """What a clustering's own file holds, byte for byte."""
-  path = clustering.place(workdir, member) / f"stage{stage}"
+  path = clustering.place(workdir, member) / "stage0"
   return (path / clustering_fit.DONE).read_bytes()
 
 
@@ -60,8 +68,18 @@ def finite(value):
   return not isinstance(value, float) or np.isfinite(value)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_corpus():
+  """Reads it once: that takes longer than all else in a small run."""
+  with pytest.MonkeyPatch.context() as patch:
+    documents = functools.cache(standard_library.documents)
+    patch.setattr(standard_library, "documents", documents)
+    yield
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, quick_compiles, one_corpus):
+  del quick_compiles, one_corpus
   workdir = tmp_path_factory.mktemp("clustering") / "run"
   return clustering.run(config(), workdir), workdir
 
@@ -80,18 +98,16 @@ def test_results_hold_what_the_definitions_say(done):
       elif name in ("bits", "fvu_stages", "fvu_shuffled", "bits_entropy"):
         assert name in member, name
     assert {"fvu", "fvu_interval", "silhouette", "seconds_train"} <= {*member}
-    assert set(member["tokens"]) == {
-      name.removeprefix("tokens.")
-      for name in results["definitions"]
-      if name.startswith("tokens.")
-    }
+    for name, values in member["tokens"].items():
+      assert f"tokens.{name}" in results["definitions"]
+      assert set(values) == {"value", "null"}
     assert member["seconds_train"] > 0
 
 
 def test_numbers_of_a_member_are_those_of_its_saved_quantiser(done):
   results, workdir = done
-  store = activations.ActivationStore(results["stores"]["heldout"])
-  train = activations.ActivationStore(results["stores"]["train"])
+  store = activations.ActivationStore.open(results["stores"]["heldout"])
+  train = activations.ActivationStore.open(results["stores"]["train"])
   site = results["site"]
   x = np.float32(store.read(0, len(store), site))
   y = np.float32(train.read(0, len(train), site))
@@ -181,7 +197,6 @@ def test_a_workdir_of_another_config_is_refused(done):
 @pytest.mark.parametrize(
   ("changes", "member", "stages", "fvu"),
   [
-    ({"cluster.method": "spherical"}, "spherical16", 1, 1),
     (
       {
         "cluster.method": "residual",
@@ -203,7 +218,6 @@ def test_a_workdir_of_another_config_is_refused(done):
       4,
       0.9,
     ),
-    ({"cluster.minibatch": 800, "cluster.max_iter": 3}, "kmeans16", 1, 0.95),
     (
       {"cluster.minibatch": 800, "cluster.method": "spherical"},
       "spherical16",
@@ -243,50 +257,48 @@ class Killed(Exception):
   """Stands for SIGKILL."""
 
 
-def killed_after(monkeypatch, iterations):
-  """The next clusterings end so many iterations on, checkpointed or not."""
-  real = clustering_fit._recorded
-  left = itertools.count(-iterations)
+def killed_in(monkeypatch, iteration):
+  """The next clusterings end in their iteration of that number, all told."""
+  real, save = clustering_fit._recorded, checkpoints.Checkpoints.save
+  count = itertools.count(1)
 
   def recorded(*args):
     for now in real(*args):
-      yield now
-      if next(left) >= -1:
+      if next(count) == iteration:
         raise Killed
+      yield now
+
+  def saved(self, *args):
+    save(self, *args)
+    self._manager.wait_until_finished()  # nothing goes on after a kill
 
   monkeypatch.setattr(clustering_fit, "_recorded", recorded)
+  monkeypatch.setattr(checkpoints.Checkpoints, "save", saved)
 
 
-@pytest.mark.parametrize(
-  ("changes", "member", "stages"),
-  [
-    ({}, "kmeans16", 1),
-    ({"cluster.minibatch": 400, "cluster.init": "random"}, "kmeans16", 1),
-    (
-      {"cluster.method": "residual", "cluster.stages": 2},
-      "residual16x2",
-      2,
-    ),
-  ],
-)
-def test_a_killed_clustering_ends_bit_for_bit_as_one_left_alone(
-  done, changes, member, stages, tmp_path, monkeypatch
+def test_a_killed_run_ends_bit_for_bit_as_one_left_alone(
+  done, tmp_path, monkeypatch
 ):
-  del done
-  alone, broken = tmp_path / "alone", tmp_path / "broken"
-  changes = {"cluster.tol": 0.0} | changes
-  clustering.run(quick(**changes), alone)
-  for iterations in (3, 2 + 5 * (stages - 1)):
+  alone, broken = done[1], tmp_path / "run"
+  # In the middle of the first member, then of the second.
+  for iteration in (4, 2 + 4):
     with monkeypatch.context() as patch:
-      killed_after(patch, iterations)
+      killed_in(patch, iteration)
       with pytest.raises(Killed):
-        clustering.run(quick(**changes), broken)
-  clustering.run(quick(**changes), broken)
-  for stage in range(stages):
-    assert fitted(broken, member, stage) == fitted(alone, member, stage)
-    where = clustering.place(broken, member) / f"stage{stage}"
+        clustering.run(config(), broken)
+
+  def killed(*args, **kwargs):
+    raise Killed
+
+  monkeypatch.setattr(clustering.evaluate, "evaluate", killed)
+  with pytest.raises(Killed):
+    clustering.run(config(), broken)
+  for member in ("kmeans4", "kmeans32"):
+    assert fitted(broken, member) == fitted(alone, member)
+    where = clustering.place(broken, member) / "stage0"
     rows = loop.read_metrics(where / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    about = json.loads((where / "kmeans.json").read_text())
+    assert [row["step"] for row in rows] == [*range(1, about["n_iter"] + 1)]
 
 
 def fit(workdir, x, **changes):
@@ -303,11 +315,69 @@ def fit(workdir, x, **changes):
   return clustering_fit.fit(as_rows(x), 8, workdir, **options | changes)
 
 
+def cloud():
+  return np.random.default_rng(0).standard_normal((500, 4), np.float32)
+
+
+@pytest.mark.parametrize("iteration", [1, 4, 5])
+@pytest.mark.parametrize("minibatch", [None, 100])
+def test_a_killed_fit_goes_on_bit_for_bit(
+  minibatch, iteration, tmp_path, monkeypatch
+):
+  x, changes = cloud(), {"minibatch": minibatch}
+  alone = fit(tmp_path / "alone", x, **changes)
+  with monkeypatch.context() as patch:
+    killed_in(patch, iteration)
+    with pytest.raises(Killed):
+      fit(tmp_path / "broken", x, **changes)
+  made = []
+  real = clustering_fit._recorded
+  monkeypatch.setattr(
+    clustering_fit,
+    "_recorded",
+    lambda *args: (made.append(now) or now for now in real(*args)),
+  )
+  broken = fit(tmp_path / "broken", x, **changes)
+  # The killed one saved every second iteration, and not the one it died in.
+  saved = (iteration - 1) // 2 * 2
+  assert [now.number for now in made] == [*range(saved + 1, 7)]
+  np.testing.assert_array_equal(broken.centroids, alone.centroids)
+  assert (broken.inertia, broken.n_iter) == (alone.inertia, alone.n_iter)
+
+
+def test_a_killed_residual_quantiser_goes_on_in_its_stage(
+  tmp_path, monkeypatch
+):
+  x = cloud()
+
+  def quantiser(workdir):
+    stages = itertools.count()
+    return quantise.fit_residual(
+      x,
+      8,
+      2,
+      fit=lambda rows, k, *, seed: fit(
+        workdir / f"stage{next(stages)}", rows, seed=seed
+      ),
+    )
+
+  alone = quantiser(tmp_path / "alone")
+  with monkeypatch.context() as patch:
+    killed_in(patch, 6 + 3)
+    with pytest.raises(Killed):
+      quantiser(tmp_path / "broken")
+  assert (tmp_path / "broken/stage0" / clustering_fit.DONE).exists()
+  assert not (tmp_path / "broken/stage1" / clustering_fit.DONE).exists()
+  broken = quantiser(tmp_path / "broken")
+  np.testing.assert_array_equal(broken.centroids, alone.centroids)
+  np.testing.assert_array_equal(broken.coordinates.mean, alone.coordinates.mean)
+
+
 @pytest.mark.parametrize("minibatch", [None, 100])
 def test_one_killed_after_its_last_iteration_makes_no_more(
   minibatch, tmp_path, monkeypatch
 ):
-  x = np.random.default_rng(0).standard_normal((500, 4), np.float32)
+  x = cloud()
   alone = fit(tmp_path / "alone", x, minibatch=minibatch)
   real = clustering_fit.Lloyd.finish
 
@@ -324,7 +394,7 @@ def test_one_killed_after_its_last_iteration_makes_no_more(
 
 
 def test_one_killed_when_it_had_converged_makes_no_more(tmp_path, monkeypatch):
-  x = np.random.default_rng(0).standard_normal((500, 4), np.float32)
+  x = cloud()
   often = {"tol": 0.01, "max_iter": 100, "checkpoint_every": 1}
   alone = fit(tmp_path / "alone", x, **often)
   assert 1 < alone.n_iter < 100
@@ -343,7 +413,7 @@ def test_one_killed_when_it_had_converged_makes_no_more(tmp_path, monkeypatch):
 
 
 def test_what_is_done_is_read_and_not_made_again(tmp_path, monkeypatch):
-  x = np.random.default_rng(0).standard_normal((300, 4), np.float32)
+  x = cloud()
   first = fit(tmp_path / "fit", x)
   monkeypatch.setattr(clustering_fit, "Lloyd", None)  # would fail
   again = fit(tmp_path / "fit", x)

@@ -36,8 +36,9 @@ from gemma_jax.metrics import document_interval, faithfulness, rates
 from gemma_jax.metrics.intervals import DocumentSums
 from gemma_jax.probing import explain, noise
 from gemma_jax.report import rates as report
-from studies import codes, evaluate, jobs
+from studies import budgets, codes, evaluate, jobs
 from studies.codes import Code
+from studies.nearest_latents import nearest_latents
 from trainers import clustering, dictionary, fields, stores
 
 log = logging.getLogger("gemma_jax")
@@ -60,7 +61,6 @@ FIELDS = {
 SAMPLE = 4_096  # training rows on which the bits of a value are measured
 BLOCK = 2_048  # rows at once
 MOST_NEAREST = 1_024  # clusters whose nearest latents are sought
-BUDGETS = {"bits": "bits", "parameters": "parameters", "encode_flops": "FLOPs"}
 COLUMNS = (
   "name",
   "bits",
@@ -221,16 +221,20 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
       "kl": full["kl"],
       **scores.get(row["name"], {}),
     }
-  versus = _versus(found, rows, sums, losses)
-  nearest = _nearest_latents(
-    found, *_pairs(members, clustered, workdir), store["heldout"], site
+  duels = budgets.versus(found, rows, sums, losses)
+  nearest = nearest_latents(
+    found,
+    *_pairs(members, clustered, workdir),
+    np.asarray(
+      store["heldout"].read(0, len(store["heldout"]), site), np.float32
+    ),
   )
   results = {
     "model": sae["model"]["name"],
     "site": site,
     "rows": rows,
-    "versus": versus,
-    "answers": answers(versus),
+    "versus": duels,
+    "answers": budgets.answers(duels),
     "nearest_latents": nearest,
     "ce_clean": summary["clean"]["ce"],
     "ablations": {n: summary[n]["delta_ce"] for n in metrics.ABLATIONS},
@@ -245,7 +249,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   log.info("\n%s", tables.aligned(rows, COLUMNS))
   log.info("\n%s", "\n".join(results["answers"]))
   (workdir / "table.md").write_text(
-    tables.markdown(rows, COLUMNS) + "\n" + tables.markdown(versus, VERSUS)
+    tables.markdown(rows, COLUMNS) + "\n" + tables.markdown(duels, VERSUS)
   )
   report.write(
     workdir,
@@ -482,149 +486,4 @@ def _interpreted(config, model, found, store, site, windows):
       "auroc_shuffled": score["shuffled"]["auroc"]["value"],
       "explained_latents": len(chosen),
     }
-  return out
-
-
-def _nearest_latents(found, quantisers, members, store, site):
-  """For every k-means the latents of every dictionary nearest to a cluster.
-
-  By direction: cosine of the decoder's row with the centroid less the mean of
-  the centroids. By activity: correlation of firing with membership. Each
-  beside the same for a shuffled partner.
-  """
-  x = np.asarray(store.read(0, len(store), site), np.float32)
-  rng = np.random.default_rng(0)
-  by_name = {code.name: code for code in found}
-  fires = {
-    name: evaluate.sparse_latents(by_name[name].latents, x) > 0
-    for name in members
-  }
-  out = []
-  for name, q in quantisers.items():
-    centroids = np.asarray(q.centroids[0])
-    ways = _unit(centroids - centroids.mean(0))
-    inside = evaluate.sparse_latents(by_name[name].latents, x) > 0
-    dealt = inside[rng.permutation(len(x))]
-    for sae, d in members.items():
-      rows = _unit(np.asarray(d.params["W_dec"]))
-      cosines = ways @ rows.T
-      turned = ways[:, rng.permutation(ways.shape[1])] @ rows.T
-      together = _correlations(inside, fires[sae])
-      apart = _correlations(dealt, fires[sae])
-      out.append(
-        {
-          "clusters": name,
-          "dictionary": sae,
-          "cosine_median": float(np.median(cosines.max(1))),
-          "cosine_null": float(np.median(turned.max(1))),
-          "correlation_median": float(np.median(together.max(1))),
-          "correlation_null": float(np.median(apart.max(1))),
-          "same_latent": float(
-            np.mean(cosines.argmax(1) == together.argmax(1))
-          ),
-          "latent_by_cosine": cosines.argmax(1).tolist(),
-          "latent_by_correlation": together.argmax(1).tolist(),
-        }
-      )
-  return out
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-  return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
-
-
-def _correlations(a, b) -> np.ndarray:
-  """Pearson between the columns of two Boolean CSR [R, C], [R, M]."""
-  count = a.shape[0]
-  both = (a.astype(np.float32).T @ b.astype(np.float32)).toarray() / count
-  p, q = (np.asarray(m.sum(0)).ravel() / count for m in (a, b))
-  spread = np.sqrt(np.outer(p * (1 - p), q * (1 - q)))
-  return (both - np.outer(p, q)) / np.maximum(spread, 1e-30)
-
-
-def _versus(found, rows, sums, losses) -> list[dict[str, Any]]:
-  """Every dictionary against the best clustering of no larger budget."""
-  by_name = {row["name"]: row for row in rows}
-  kinds = ("kmeans", "spherical", "residual", "product")
-  out = []
-  for ours in (c for c in found if c.kind == "dictionary"):
-    for budget, word in BUDGETS.items():
-      within = [
-        c
-        for c in found
-        if c.kind in kinds
-        and by_name[c.name][budget] <= by_name[ours.name][budget]
-      ]
-      if not within:
-        continue
-      # The budget is to be used: of those within it the best explainer.
-      rival = min(within, key=lambda c: by_name[c.name]["fvu"])
-      out += _duel(by_name, sums, losses, ours.name, rival.name, word)
-  return out
-
-
-def _duel(by_name, sums, losses, ours, rival, budget):
-  away = sums["all"]["away"]
-  apart = sums[rival]["error"] - sums[ours]["error"]
-  intervals = {
-    "fvu": document_interval(apart, away),
-    "delta_ce": document_interval(
-      losses.ce[rival] - losses.ce[ours], losses.tokens
-    ),
-  }
-  out = []
-  for measure in ("fvu", "delta_ce", "auroc"):
-    pair = [by_name[name].get(measure) for name in (ours, rival)]
-    if None in pair:
-      continue
-    difference = pair[1] - pair[0]
-    interval = intervals.get(measure)
-    if measure == "auroc":
-      mdd = max(by_name[name]["auroc_mdd"] for name in (ours, rival))
-      interval = difference - mdd, difference + mdd
-    low, high = interval or (None, None)
-    better = "not told apart"
-    if interval and (low > 0 or high < 0):
-      smaller = difference < 0
-      better = rival if smaller == (measure != "auroc") else ours
-    out.append(
-      {
-        "dictionary": ours,
-        "budget": budget,
-        "rival": rival,
-        "measure": measure,
-        "ours": pair[0],
-        "theirs": pair[1],
-        "difference": difference,
-        "low": low,
-        "high": high,
-        "better": better,
-      }
-    )
-  return out
-
-
-def answers(versus) -> list[str]:
-  """In words, one line for every dictionary and budget."""
-  words = {
-    "fvu": "explains more",
-    "delta_ce": "is more faithful",
-    "auroc": "is easier to interpret",
-  }
-  out = []
-  for row in versus:
-    told = row["better"] != "not told apart"
-    verdict = (
-      f"{row['better']} {words[row['measure']]}"
-      if told
-      else f"which {words[row['measure']]} cannot be told"
-    )
-    span = "no interval"
-    if row["low"] is not None:
-      span = f"{row['low']:.4g} to {row['high']:.4g}"
-    out.append(
-      f"At no more {row['budget']} than {row['dictionary']}: {verdict}; "
-      f"{row['measure']} {row['ours']:.4g} against {row['theirs']:.4g} of "
-      f"{row['rival']} (difference {row['difference']:.4g}, {span})."
-    )
   return out

@@ -30,14 +30,14 @@ def firing_entropy(density) -> float:
   q = 1 - p
   with np.errstate(divide="ignore", invalid="ignore"):
     terms = p * np.log2(p) + q * np.log2(q)
-  return float(-np.nansum(terms))
+  return float(0 - np.nansum(terms))
 
 
 def label_entropy(counts) -> float:
   """Entropy of a label in bits, from how often each occurred, [C]."""
   p = np.asarray(counts, np.float64)
   p = p[p > 0] / p.sum()
-  return float(-np.sum(p * np.log2(p)))
+  return float(0 - np.sum(p * np.log2(p)))
 
 
 def gaussian_bound(eigenvalues, bits) -> np.ndarray:
@@ -57,6 +57,11 @@ def gaussian_bound(eigenvalues, bits) -> np.ndarray:
   values = np.sort(np.maximum(np.asarray(eigenvalues, np.float64), 0))[::-1]
   values = values[values > 0]
   bits = np.asarray(bits, np.float64)
+  if not len(values) or (bits < 0).any():
+    raise ValueError(
+      f"Expected some variance and no negative bits, got {len(values)} "
+      f"eigenvalues above 0 and {bits}."
+    )
   # With the first n components coded, the water stands at their level.
   n = np.arange(1, len(values) + 1)
   logs = np.cumsum(np.log2(values))

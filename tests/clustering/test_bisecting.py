@@ -9,7 +9,6 @@ from gemma_jax.clustering.kmeans import Lloyd
 from gemma_jax.clustering.rows import ArrayRows, Blocks
 from tests.clustering.test_kmeans import blobs, cloud, mesh
 
-
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 

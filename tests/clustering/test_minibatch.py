@@ -11,7 +11,6 @@ from gemma_jax.clustering.kmeans import Lloyd
 from gemma_jax.clustering.minibatch import minibatch
 from tests.clustering.test_kmeans import blobs, cloud, mesh
 
-
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 

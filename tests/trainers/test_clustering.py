@@ -197,6 +197,8 @@ def test_a_workdir_of_another_config_is_refused(done):
 @pytest.mark.parametrize(
   ("changes", "member", "stages", "fvu"),
   [
+    ({"cluster.method": "spherical"}, "spherical16", 1, 1),
+    ({"cluster.minibatch": 800, "cluster.max_iter": 3}, "kmeans16", 1, 0.95),
     (
       {
         "cluster.method": "residual",
@@ -250,6 +252,33 @@ def test_every_method_runs_to_its_results(
   if q.kind == "spherical":
     norms = np.linalg.norm(q.centroids[0], axis=1)
     np.testing.assert_allclose(norms, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_mixture_says_how_likely_held_out_rows_are(done, rank, tmp_path):
+  del done
+  changes = {"cluster.method": "mixture", "cluster.rank": rank}
+  results = clustering.run(quick(**changes), tmp_path / "run")
+  (found,) = results["members"]
+  likely = found["log_likelihood"]
+  # Rows of several tokens are no single Gaussian with diagonal covariance.
+  assert likely["over_diagonal_per_row"] > 0
+  assert likely["per_dim"] == pytest.approx(likely["per_row"] / 48)
+  assert (tmp_path / "run/members/mixture16/mixture.safetensors").exists()
+
+
+def test_clusters_of_a_sample_are_made_again(done, tmp_path):
+  del done
+  changes = {
+    "eval.stability_seeds": 2,
+    "eval.gap_draws": 2,
+    "eval.silhouette_rows": 100,
+  }
+  results = clustering.run(quick(**changes), tmp_path / "run")
+  (found,) = results["members"]
+  assert 0.1 < found["stability"]["ami"] < 1
+  assert found["gap_permuted"]["value"] > found["gap_gaussian"]["value"]
+  assert found["davies_bouldin"] > 0
 
 
 # ------------------------------------------------------------- interruptions

@@ -20,13 +20,13 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 
 from gemma_jax import models
 from gemma_jax.dictionaries import DictionaryConfig, core
@@ -103,8 +103,8 @@ class Ours:
     return seconds, [float(m["loss"][0]) for m in found]
 
 
-class Peer:
-  """A peer's step in a process of its own, which waits while ours runs."""
+class Peer(peers.Server):
+  """A peer's step."""
 
   def __init__(self, args, system, activation, folder):
     case = {
@@ -117,35 +117,17 @@ class Peer:
       "batch": args.batch,
       "threads": args.threads,
     }
-    self.process = subprocess.Popen(
-      [
-        args.peers,
-        os.path.join(os.path.dirname(__file__), "dictionary_peer.py"),
-        json.dumps(case),
-        f"{folder}/weights.npz",
-        f"{folder}/rows.npy",
-      ],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
+    super().__init__(
+      args.peers,
+      os.path.join(os.path.dirname(__file__), "dictionary_peer.py"),
+      json.dumps(case),
+      f"{folder}/weights.npz",
+      f"{folder}/rows.npy",
     )
-    self._answer()
-
-  def _answer(self):
-    for line in self.process.stdout:  # what they print themselves goes by
-      if line.startswith("{"):
-        return json.loads(line)
-    raise SystemExit(f"{self.process.args[0]} ended; see above.")
 
   def __call__(self, steps: int) -> tuple[float, list[float]]:
-    self.process.stdin.write(f"{steps}\n")
-    self.process.stdin.flush()
-    found = self._answer()
+    found = self.ask(steps)
     return found["seconds"], found["losses"]
-
-  def close(self):
-    self.process.stdin.close()
-    self.process.wait()
 
 
 def per_token(seconds, args) -> float:

@@ -8,6 +8,39 @@ import subprocess
 SCRIPT = pathlib.Path(__file__).with_name("dictionary_peer.py")
 
 
+class Server:
+  """A peer in a process of its own, which waits while the others run.
+
+  Args:
+    command: of the process; its lines in JSON are its answers, the first says
+      that it is ready.
+  """
+
+  def __init__(self, *command):
+    self.command = [str(part) for part in command]
+    self.process = subprocess.Popen(
+      self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    self._answer()
+
+  def ask(self, request) -> dict:
+    """Sends JSON, waits for the answer."""
+    self.process.stdin.write(json.dumps(request) + "\n")
+    self.process.stdin.flush()
+    return self._answer()
+
+  def _answer(self) -> dict:
+    for line in self.process.stdout:  # what they print themselves goes by
+      if line.startswith("{"):
+        return json.loads(line)
+    raise SystemExit(f"{' '.join(self.command[:3])} ended; see above.")
+
+  def close(self) -> None:
+    """Ends the process."""
+    self.process.stdin.close()
+    self.process.wait()
+
+
 def train(args, case, out, rows) -> None:
   """A whole training, with the schedules of SAEBench's baselines.
 

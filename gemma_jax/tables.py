@@ -1,5 +1,7 @@
 """Rows of numbers for people: aligned for a terminal, or in Markdown."""
 
+import csv
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +32,20 @@ def markdown(
   titles, *rest = _cells(rows, columns)
   lines = [titles, ["---"] * len(titles), *rest]
   return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Numbers and words of rows as CSV; what is nested stays out."""
+  plain = [
+    {k: v for k, v in row.items() if not isinstance(v, dict | list | tuple)}
+    for row in rows
+  ]
+  # Not every row has every column.
+  names = dict.fromkeys(name for row in plain for name in row)
+  with path.open("w", newline="") as file:
+    writer = csv.DictWriter(file, list(names))
+    writer.writeheader()
+    writer.writerows(plain)
 
 
 def _cells(rows, columns) -> list[list[str]]:

@@ -40,7 +40,7 @@ def versus(
       ]
       if not within:
         continue
-        rival = min(within, key=lambda c: by_name[c.name]["fvu"])
+      rival = min(within, key=lambda c: by_name[c.name]["fvu"])
       out += _duel(by_name, sums, losses, ours.name, rival.name, word)
   return out
 

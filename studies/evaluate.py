@@ -144,10 +144,8 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   workdir = pathlib.Path(workdir)
   config = json.loads(json.dumps(dict(config)))
   found, _, name = prepare(config)
-  fields.compare(workdir, config)
-  if (workdir / "results.json").exists():
-    log.info("%s is finished; nothing to do", workdir)
-    return json.loads((workdir / "results.json").read_text())
+  if (results := fields.finished(workdir, config)) is not None:
+    return results
   directory = models.resolve(name)
   about = models.read_config(directory)
   streams = stores.windows(config["data"], directory, about)

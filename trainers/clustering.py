@@ -73,10 +73,8 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   workdir = pathlib.Path(workdir)
   config = json.loads(json.dumps(dict(config)))
   prepare(config)
-  fields.compare(workdir, config)
-  if (workdir / "results.json").exists():
-    log.info("%s is finished; nothing to do", workdir)
-    return json.loads((workdir / "results.json").read_text())
+  if (found := fields.finished(workdir, config)) is not None:
+    return found
   # ------------------------------------------------------- text and tokens
   directory = models.resolve(config["model"]["name"])
   site, about = prepare(config, models.read_config(directory))

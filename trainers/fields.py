@@ -2,9 +2,12 @@
 
 import difflib
 import json
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+log = logging.getLogger("gemma_jax")
 
 NAME = "config.json"
 
@@ -83,6 +86,22 @@ def compare(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       + "\n  ".join(different)
       + "\nUse another --workdir, or the same config to resume."
     )
+
+
+def finished(
+  workdir: pathlib.Path, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+  """The results of a workdir of this config, or None where it has none yet.
+
+  Raises:
+    ValueError: as `compare`.
+  """
+  compare(workdir, config)
+  path = workdir / "results.json"
+  if not path.exists():
+    return None
+  log.info("%s is finished; nothing to do", workdir)
+  return json.loads(path.read_text())
 
 
 def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ and browsers.
 
 import ast
 import dataclasses
+import functools
 import pathlib
 import sys
 import sysconfig
@@ -59,6 +60,12 @@ def documents() -> list[Document]:
   Returns:
     Documents in a fixed order; the same for the same Python version.
   """
+  return list(_documents())
+
+
+@functools.cache
+def _documents() -> tuple[Document, ...]:
+  """Read once in a process: it takes seconds, and a job asks several times."""
   # Chapters of the reference repeat their sections, which are topics too. The
   # short ones come first, so that the sections stay whole and the chapters are
   # thinned: more documents, and a finer split.
@@ -74,7 +81,7 @@ def documents() -> list[Document]:
       package = name.split(".")[0].removeprefix("_py").lstrip("_")
       group = f"library/{package}"
       found.append(Document(module[index], stratum, name, group))
-  return _cut_repeats(found)
+  return tuple(_cut_repeats(found))
 
 
 def _cut_repeats(documents: Sequence[Document]) -> list[Document]:

@@ -1,6 +1,5 @@
 """The page of a clustering: sizes, numbers, clusters with their contexts."""
 
-import csv
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -133,17 +132,9 @@ def write(
     clusters: see `clusters`.
   """
   members = results["members"]
-  scalars = [
-    {k: v for k, v in m.items() if not isinstance(v, dict | list | tuple)}
-    for m in members
-  ]
-  with (workdir / "clusters.csv").open("w", newline="") as file:
-    names = dict.fromkeys(name for row in scalars for name in row)
-    writer = csv.DictWriter(file, list(names))
-    writer.writeheader()
-    writer.writerows(scalars)
-  columns = [c for c in COLUMNS if any(c in row for row in scalars)]
-  log.info("\n%s", tables.aligned(scalars, columns))
+  tables.write_csv(workdir / "clusters.csv", members)
+  columns = [c for c in COLUMNS if any(c in m for m in members)]
+  log.info("\n%s", tables.aligned(members, columns))
   picture = pareto(
     members, workdir / "plots/rate.png", key="bits", label="bits per token"
   )

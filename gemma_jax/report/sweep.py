@@ -1,6 +1,5 @@
 """What came out of a sweep: a table, a picture, a page."""
 
-import csv
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -33,18 +32,9 @@ def write(
     metrics: rows of metrics.jsonl; empty where nothing was trained.
   """
   members = results["members"]
-  scalars = [
-    {k: v for k, v in m.items() if not isinstance(v, dict | list)}
-    for m in members
-  ]
-  with (workdir / "sweep.csv").open("w", newline="") as file:
-    # Crosscoders lack some.
-    fields = dict.fromkeys(name for row in scalars for name in row)
-    writer = csv.DictWriter(file, list(fields))
-    writer.writeheader()
-    writer.writerows(scalars)
-  columns = ["name", *(c for c in COLUMNS if any(c in s for s in scalars))]
-  log.info("\n%s", tables.aligned(scalars, columns))
+  tables.write_csv(workdir / "sweep.csv", members)
+  columns = ["name", *(c for c in COLUMNS if any(c in m for m in members))]
+  log.info("\n%s", tables.aligned(members, columns))
   folder = workdir / "plots"
   pictures = {
     "L0 against FVU and delta CE, held-out": pareto(

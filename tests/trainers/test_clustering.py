@@ -1,6 +1,5 @@
 """Clusterings of a site, from text to the page; stopped and begun again."""
 
-import functools
 import itertools
 import json
 import os
@@ -17,7 +16,6 @@ from gemma_jax import activations, checkpoints
 from gemma_jax.clustering import quantise
 from gemma_jax.clustering.quantise import Quantiser
 from gemma_jax.clustering.rows import as_rows
-from gemma_jax.data import standard_library
 from studies import jobs
 from tests.clustering.test_kmeans import mesh
 from trainers import clustering, clustering_fit, loop
@@ -66,15 +64,6 @@ def finite(value):
   if isinstance(value, list):
     return all(map(finite, value))
   return not isinstance(value, float) or np.isfinite(value)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_corpus():
-  """Reads it once: that takes longer than all else in a small run."""
-  with pytest.MonkeyPatch.context() as patch:
-    documents = functools.cache(standard_library.documents)
-    patch.setattr(standard_library, "documents", documents)
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -67,8 +67,8 @@ def finite(value):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, quick_compiles, one_corpus):
-  del quick_compiles, one_corpus
+def done(tmp_path_factory, quick_compiles):
+  del quick_compiles
   workdir = tmp_path_factory.mktemp("clustering") / "run"
   return clustering.run(config(), workdir), workdir
 

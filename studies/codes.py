@@ -22,6 +22,7 @@ from gemma_jax.dictionaries.dictionary import encode, reconstruct
 from gemma_jax.metrics import rates
 
 MOST_BITS = 16  # of a value
+VALUE_BITS = 8  # of the gain of a spherical code
 WORSE = 1.01  # times the FVU that rounded values may have
 
 
@@ -71,9 +72,6 @@ def of_quantiser(
     functools.partial(_memberships, q),
     about,
   )
-
-
-VALUE_BITS = 8  # of the gain of a spherical code
 
 
 def _memberships(q: Quantiser, x: np.ndarray) -> scipy.sparse.csr_matrix:

@@ -113,7 +113,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   )
   fields.claim(workdir, config)
   # ------------------------------------------------------------ clustering
-  members, trained = [], {}
+  members, trained, baselines = [], {}, None
   for k in own["counts"]:
     here = place(workdir, name(own, k))
     machine.reset_peak_memory()
@@ -132,7 +132,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     if density is not None:
       density.save(here / "mixture.safetensors")
       there = StoredRows(stored["heldout"], site, coordinates)
-      baselines = gaussian_baselines(rows)
+      baselines = baselines or gaussian_baselines(rows)
       members[-1]["log_likelihood"] = held_out(density, there, baselines)
   # ------------------------------------------------------------ evaluation
   measured = {}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import progress
+from gemma_jax.clustering.lloyd import nearest
 from gemma_jax.clustering.rows import Rows
 
 log = logging.getLogger("gemma_jax")
@@ -133,9 +134,7 @@ def _update(rows, centre, new, before, distances, owner, block=2**13) -> None:
 
 @jax.jit
 def _closest(x, candidates):
-  squares = jnp.sum(candidates * candidates, axis=1)
-  products = jnp.matmul(x, candidates.T, precision="highest")
-  index = jnp.argmin(squares - 2 * products, axis=1)
+  index = nearest(x, candidates)
   return index, jnp.sum((x - candidates[index]) ** 2, axis=1)
 
 

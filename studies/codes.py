@@ -38,6 +38,7 @@ class Code:
     encode_flops: per token.
     function: (tokens [...], x [..., D]) -> [..., D], a pytree with the arrays.
     latents: (x [n, D]) -> CSR [n, M], or None where there are none.
+    origin: what has those latents.
     about: more numbers for the table.
   """
 
@@ -48,6 +49,7 @@ class Code:
   encode_flops: float
   function: Partial
   latents: Callable[[np.ndarray], scipy.sparse.csr_matrix] | None = None
+  origin: Quantiser | Dictionary | None = None
   about: dict = dataclasses.field(default_factory=dict)
 
 
@@ -70,6 +72,7 @@ def of_quantiser(
     q.encode_flops,
     Partial(_quantised, q),
     functools.partial(_memberships, q),
+    q,
     about,
   )
 
@@ -120,6 +123,7 @@ def of_dictionary(
     2.0 * cfg.d_in * cfg.width,
     Partial(functools.partial(_reconstructed, cfg), d.params),
     lambda x: scipy.sparse.csr_matrix(np.asarray(encode(cfg, d.params, x))),
+    d,
     {
       "l0": float(l0.mean()),
       "value_bits": value,

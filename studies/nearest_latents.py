@@ -1,21 +1,18 @@
 """Which latents of a dictionary say what a cluster says."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from gemma_jax.clustering import Quantiser
-from gemma_jax.dictionaries import Dictionary
 from studies import evaluate
 from studies.codes import Code
 
+MOST = 1_024  # clusters
+
 
 def nearest_latents(
-  found: Sequence[Code],
-  quantisers: Mapping[str, Quantiser],
-  members: Mapping[str, Dictionary],
-  x: np.ndarray,
+  found: Sequence[Code], x: np.ndarray
 ) -> list[dict[str, Any]]:
   """For every k-means the latents of every dictionary nearest to a cluster.
 
@@ -24,33 +21,32 @@ def nearest_latents(
   beside the same for a shuffled partner.
 
   Args:
-    found: codes, those of `quantisers` and `members` among them.
-    quantisers: k-means by name.
-    members: dictionaries by name.
+    found: codes; of k-means those of at most `MOST` clusters are looked at.
     x: held-out rows, float32 [N, D].
   """
   rng = np.random.default_rng(0)
-  by_name = {code.name: code for code in found}
-  fires = {
-    name: evaluate.sparse_latents(by_name[name].latents, x) > 0
-    for name in members
-  }
+  saes = [
+    (code, _unit(np.asarray(code.origin.params["W_dec"])), _active(code, x))
+    for code in found
+    if code.kind == "dictionary"
+  ]
   out = []
-  for name, q in quantisers.items():
-    centroids = np.asarray(q.centroids[0])
+  for code in found:
+    if code.kind != "kmeans" or code.origin.clusters > MOST:
+      continue
+    centroids = np.asarray(code.origin.centroids[0])
     ways = _unit(centroids - centroids.mean(0))
-    inside = evaluate.sparse_latents(by_name[name].latents, x) > 0
+    inside = _active(code, x)
     dealt = inside[rng.permutation(len(x))]
-    for sae, d in members.items():
-      rows = _unit(np.asarray(d.params["W_dec"]))
+    for sae, rows, fires in saes:
       cosines = ways @ rows.T
       turned = ways[:, rng.permutation(ways.shape[1])] @ rows.T
-      together = _correlations(inside, fires[sae])
-      apart = _correlations(dealt, fires[sae])
+      together = _correlations(inside, fires)
+      apart = _correlations(dealt, fires)
       out.append(
         {
-          "clusters": name,
-          "dictionary": sae,
+          "clusters": code.name,
+          "dictionary": sae.name,
           "cosine_median": float(np.median(cosines.max(1))),
           "cosine_null": float(np.median(turned.max(1))),
           "correlation_median": float(np.median(together.max(1))),
@@ -63,6 +59,11 @@ def nearest_latents(
         }
       )
   return out
+
+
+def _active(code: Code, x: np.ndarray):
+  """Which latents are, Boolean CSR [N, M]."""
+  return evaluate.sparse_latents(code.latents, x) > 0
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -50,13 +50,16 @@ DEFINITIONS = {
   ),
   "gap_permuted": "Gap statistic of the sample; null: every dim dealt alone.",
   "gap_gaussian": "The same; null: a Gaussian of the same covariance.",
-  "inertia": "Mean squared distance of a training row, in its coordinates.",
+  "inertia": (
+    "Mean squared distance of a training row from what stands for it, in its "
+    "coordinates; of a mixture, from the k-means it began with."
+  ),
   "log_likelihood": (
     "Of a mixture, held-out, in its coordinates, nats per row or dim; and what "
     "it is over a single Gaussian, full or diagonal. Its numbers as a "
     "quantiser are those of its means."
   ),
-  "seconds_train": "Clustering alone: neither harvest nor evaluation.",
+  "seconds_train": "k-means alone: neither harvest nor evaluation.",
 }
 
 
@@ -125,7 +128,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
         "name": name(own, k),
         "clusters": k,
         "stages": quantiser.stages,
-        "seconds_train": _seconds(here),
+        **_training(here, own["method"], len(rows)),
         "host_memory_peak": loop.memory()["host_memory_peak"],
       }
     )
@@ -248,10 +251,17 @@ def _quantiser(config, rows, coordinates, k, directory, mesh):
   )
 
 
-def _seconds(directory: pathlib.Path) -> float:
-  """Of all stages, first centroids included and interruptions left out."""
-  found = directory.glob("stage*/kmeans.json")
-  return sum(json.loads(path.read_text())["seconds"] for path in found)
+def _training(directory: pathlib.Path, method: str, rows: int) -> dict:
+  """Seconds of all stages, first centroids included, and what they left."""
+  found = [
+    json.loads((directory / f"stage{i}" / "kmeans.json").read_text())
+    for i in range(len([*directory.glob("stage*")]))
+  ]
+  inertias = [stage["inertia"] / rows for stage in found]
+  return {
+    "seconds_train": sum(stage["seconds"] for stage in found),
+    "inertia": inertias[-1] if method == "residual" else sum(inertias),
+  }
 
 
 def _indices(config, store, site, clusters) -> dict[str, Any]:

@@ -129,11 +129,9 @@ def prepare(config: Mapping[str, Any], about: models.ModelConfig | None = None):
       f"cluster.init={own['init']!r}, cluster.tol={own['tol']}: expected one "
       f"of {', '.join(seeding.KINDS)}, bisecting; and at least 0."
     )
-  if own["normalise"] not in activations.normalise.KINDS:
-    raise ValueError(
-      f"cluster.normalise={own['normalise']!r}; expected one of "
-      f"{', '.join(activations.normalise.KINDS)}."
-    )
+  activations.normalise.check(
+    own["normalise"], shrinkage=own["shrinkage"], power=own["power"]
+  )
   about = about or models.describe(config["model"]["name"])
   site = config["activations"]["read"].format(layer=config["layer"])
   width = sites.width(site, about)

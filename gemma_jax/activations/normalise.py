@@ -153,6 +153,26 @@ def oas(eigenvalues: np.ndarray, count: int) -> float:
   return 1.0 if below <= above else float(above / below)
 
 
+def check(kind: str, *, shrinkage: float | str, power: float) -> None:
+  """Whether `fit` knows what these mean.
+
+  Raises:
+    ValueError: it does not; says what was expected.
+  """
+  if kind not in KINDS:
+    raise ValueError(f"normalise={kind!r}; expected one of {', '.join(KINDS)}.")
+  if not 0 <= power <= 1:
+    raise ValueError(
+      f"power={power}; expected 0 (nothing) to 1 (complete whitening)."
+    )
+  number = isinstance(shrinkage, (int, float)) and shrinkage >= 0
+  if not number and shrinkage != "oas":
+    raise ValueError(
+      f"shrinkage={shrinkage!r}; expected 'oas' or a number from 0, times the "
+      "mean eigenvalue."
+    )
+
+
 def matrices(
   statistics: _Statistics,
   kind: str,
@@ -161,12 +181,7 @@ def matrices(
   power: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Mean, map and inverse of a `Normalisation` in float64; see `fit`."""
-  if kind not in KINDS:
-    raise ValueError(f"normalise={kind!r}; expected one of {', '.join(KINDS)}.")
-  if not 0 <= power <= 1:
-    raise ValueError(
-      f"power={power}; expected 0 (nothing) to 1 (complete whitening)."
-    )
+  check(kind, shrinkage=shrinkage, power=power)
   mean = np.asarray(statistics.mean, np.float64)
   width = len(mean)
   if kind == "none":
@@ -222,11 +237,6 @@ def _whitening(statistics, kind, shrinkage, power):
   if shrinkage == "oas":
     share = oas(values, statistics.count)
     raised = (1 - share) * values + share * mean
-  elif isinstance(shrinkage, str) or not shrinkage >= 0:
-    raise ValueError(
-      f"shrinkage={shrinkage!r}; expected 'oas' or a number from 0, times the "
-      "mean eigenvalue."
-    )
   else:
     raised = values + shrinkage * mean
   floor = SINGULAR * values.max()

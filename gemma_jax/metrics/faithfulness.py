@@ -277,22 +277,32 @@ def spliced_cross_entropy(
 
 
 def _row_values(model, tokens, replaced, counted, functions, read, write):
-  """[1 + R, 2, B * (T - 1)]: `_losses` of the counted rows of one batch."""
+  """[1 + R, 2, B * (T - 1)]: `_losses` of the counted rows of one batch.
+
+  The model runs once for each function, and logits of two models exist at
+  once, however many functions there are.
+  """
   targets = tokens[:, 1:].reshape(-1)
   values = np.zeros((1 + len(functions), 2, len(targets)))
+  size = min(LOGIT_ROWS, len(targets))
+  cfg, params = model.config, model.params
   with jax.set_mesh(model.mesh):
     placed = [sharding.put_batch(a, model.mesh) for a in (tokens, replaced)]
-    streams = _streams(
-      model.config, model.params, *placed, functions, read, write
-    )
+    streams = [
+      _stream(cfg, params, *placed, function, read, write)
+      for function in (None, *functions)
+    ]
     # Blocks are separate programs: inside a loop of one program the CPU
     # runs everything but the products on a single core.
-    for at in range(0, len(targets), LOGIT_ROWS):
-      rows = slice(at, at + LOGIT_ROWS)
+    for at in range(0, len(targets), size):
+      at = min(at, len(targets) - size)
+      rows = slice(at, at + size)
       if counted[rows].any():
-        values[..., rows] = _losses(
-          model.config, model.params, streams[:, rows], targets[rows]
-        )
+        clean = _log_probabilities(cfg, params, streams[0], at, size)
+        for value, stream in zip(values, streams, strict=True):
+          value[:, rows] = _losses(
+            cfg, params, clean, stream, targets[rows], at
+          )
   return values
 
 
@@ -311,44 +321,43 @@ def _by_token(function, tokens, x, y):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
-def _streams(cfg, params, tokens, replaced, functions, read, write):
-  """Last resid_post of the clean model and of every replacement.
+def _stream(cfg, params, tokens, replaced, function, read, write):
+  """Last resid_post with a site replaced, or, without a function, clean.
 
   Returns:
-    [1 + R, B * (T - 1), D]: the positions that predict a token.
+    [B * (T - 1), D]: the positions that predict a token.
   """
   last = f"blocks.{cfg.num_layers - 1}.resid_post"
 
-  def final(edits):
-    _, found = forward(
-      cfg,
-      params,
-      tokens,
-      capture=(last,),
-      edits=edits,
-      stop_at=cfg.num_layers,
-    )
-    return found[last][:, :-1].reshape(-1, cfg.width)
+  def where_replaced(x, y):
+    return jnp.where(replaced[..., None], function(x, y), y)
 
-  def spliced(function):
-    def where_replaced(x, y):
-      return jnp.where(replaced[..., None], function(x, y), y)
+  _, found = forward(
+    cfg,
+    params,
+    tokens,
+    capture=(last,),
+    edits={} if function is None else {write: Splice(read, where_replaced)},
+    stop_at=cfg.num_layers,
+  )
+  return found[last][:, :-1].reshape(-1, cfg.width)
 
-    return final({write: Splice(read, where_replaced)})
 
-  return jnp.stack([final({}), *map(spliced, functions)])
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _log_probabilities(cfg, params, stream, at, size):
+  """[size, V] of the rows of a stream from `at`."""
+  rows = jax.lax.dynamic_slice_in_dim(stream, at, size)
+  return jax.nn.log_softmax(unembed(cfg, params, rows), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _losses(cfg, params, streams, targets):
-  """[1 + R, 2, rows]: the loss, and KL from clean."""
-  logits = (unembed(cfg, params, stream) for stream in streams)
-  clean = jax.nn.log_softmax(next(logits), axis=-1)
-  out = [_row_losses(clean, clean, targets)]
-  for z in logits:
-    out.append(_row_losses(clean, jax.nn.log_softmax(z, axis=-1), targets))
+def _losses(cfg, params, clean, stream, targets, at):
+  """[2, rows]: the loss, and KL from clean log-probabilities [rows, V]."""
+  logp = _log_probabilities(cfg, params, stream, at, len(targets))
   # Whole on every process, which reads them all.
-  return jax.lax.with_sharding_constraint(jnp.stack(out), PartitionSpec())
+  return jax.lax.with_sharding_constraint(
+    _row_losses(clean, logp, targets), PartitionSpec()
+  )
 
 
 def _row_losses(clean, logp, targets):

@@ -107,7 +107,7 @@ def write(
 
   Args:
     workdir: of the study.
-    results: with `rows`, `versus`, `answers`.
+    results: with `rows`, `versus`, `answers`, `nearest_latents`.
     config: resolved, as plain dicts.
     eigenvalues: of the training rows' covariance, [D].
   """
@@ -126,6 +126,12 @@ def write(
     "rows": {row["name"]: dict(row) for row in rows},
     "versus": dict(enumerate(results["versus"])),
     "answers": dict(enumerate(results["answers"])),
+    "nearest_latents": {
+      f"{pair['clusters']} and {pair['dictionary']}": {
+        n: v for n, v in pair.items() if isinstance(v, float)
+      }
+      for pair in results["nearest_latents"]
+    },
   }
   return write_page(
     workdir / "report.html",

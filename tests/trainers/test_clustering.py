@@ -105,6 +105,9 @@ def test_numbers_of_a_member_are_those_of_its_saved_quantiser(done):
     made = np.asarray(q.reconstruct(x), np.float64)
     fvu = ((x - made) ** 2).sum() / ((x - x.mean(0, np.float64)) ** 2).sum()
     assert member["fvu"] == pytest.approx(fvu, rel=1e-4)
+    left = y - np.asarray(q.reconstruct(y), np.float64)
+    inertia = np.mean((left**2).sum(1))
+    assert member["inertia"] == pytest.approx(inertia, rel=1e-4)
     counts = np.bincount(q.encode(x)[:, 0], minlength=member["clusters"])
     assert member["empty_fraction"] == (counts == 0).mean()
     assert member["bits"] == np.log2(member["clusters"])
@@ -490,6 +493,8 @@ def test_sigterm_saves_exits_zero_and_says_how_to_resume(done, tmp_path):
       r"7 parts of the \d+ dims",
     ),
     ({"cluster.normalise": "whitened"}, "expected one of none, mean_square"),
+    ({"cluster.shrinkage": "lw"}, "expected 'oas' or a number"),
+    ({"cluster.power": 1.5}, "complete whitening"),
     ({"cluster.minibatch": 4_001}, r"minibatch=4001.* 4000 tokens"),
     ({"cluster.minibatch": 0}, r"cluster\.minibatch=0"),
     ({"cluster.minibatch": 100}, "a multiple of the 8 devices"),

@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
   run.data.heldout_tokens = 16_384
   run.dictionary.width = 8_192
   run.dictionary.k = 32.0
-  run.sweep.k = (8.0, 32.0, 128.0)
+  run.sweep.k = (8.0, 32.0, 64.0)
   run.train.steps = 400
   run.train.batch_size = 1_024
   run.eval.splice_tokens = 256
@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
     method="spherical", counts=(256, 2_048), max_iter=15
   )
   c.clusterings.residual = clusters(
-    method="residual", counts=(256,), stages=64, max_iter=8
+    method="residual", counts=(256,), stages=64, init="random", max_iter=6
   )
   for parts in (4, 16, 64):
     c.clusterings[f"product{parts}"] = clusters(

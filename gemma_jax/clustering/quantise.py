@@ -84,28 +84,41 @@ class Quantiser:
     """Raw vectors [..., D] -> numbers of centroids, int32 [..., S]."""
     left = self.coordinates.apply(x)
     flat = left.reshape(-1, left.shape[-1])
+    # Loops, since 64 stages one after another take half a minute to compile.
     if self.kind == "product":
-      parts = jnp.split(flat, self.stages, axis=1)
-      codes = list(map(nearest, parts, self.centroids))
-    elif self.kind == "spherical":
-      # All centroids have norm 1: the largest product is the largest cosine.
-      codes = [nearest(flat, self.centroids[0])]
+      parts = flat.reshape(len(flat), self.stages, -1).swapaxes(0, 1)
+      codes = jax.lax.map(lambda p: nearest(*p), (parts, self.centroids))
     else:
-      codes = []
-      for centroids in self.centroids:
-        codes.append(nearest(flat, centroids))
-        flat = flat - centroids[codes[-1]]
-    return jnp.stack(codes, axis=-1).reshape(*left.shape[:-1], -1)
+      # Of "spherical" all centroids have norm 1: the largest product is the
+      # largest cosine.
+      def stage(left, centroids):
+        code = nearest(left, centroids)
+        return left - centroids[code], code
+
+      _, codes = jax.lax.scan(stage, flat, self.centroids)
+    return codes.T.reshape(*left.shape[:-1], -1)
 
   def decode(self, codes: jax.Array) -> jax.Array:
     """Numbers of centroids [..., S] -> raw vectors [..., D].
 
     Of "spherical", directions: codes say nothing of the gain.
     """
-    parts = [c[codes[..., s]] for s, c in enumerate(self.centroids)]
+    flat = codes.reshape(-1, self.stages)
     if self.kind == "product":
-      return self.coordinates.invert(jnp.concatenate(parts, axis=-1))
-    return self.coordinates.invert(sum(parts))
+      made = jax.vmap(lambda c, code: c[code], (0, 1), 1)(self.centroids, flat)
+    else:
+      made = self._sum(flat)
+    return self.coordinates.invert(made.reshape(*codes.shape[:-1], -1))
+
+  def _sum(self, codes):
+    """Centroids [n, S] added up, [n, D]."""
+
+    def add(total, stage):
+      centroids, code = stage
+      return total + centroids[code], None
+
+    none = jnp.zeros((len(codes), self.width), self.centroids.dtype)
+    return jax.lax.scan(add, none, (self.centroids, codes.T))[0]
 
   def reconstruct(self, x: jax.Array) -> jax.Array:
     """Raw vectors [..., D] as their codes have them, raw, float32."""

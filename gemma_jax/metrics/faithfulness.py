@@ -20,7 +20,7 @@ from gemma_jax.metrics.ablation import (
   of_others,
 )
 from gemma_jax.metrics.intervals import document_interval
-from gemma_jax.models import Model, Splice, sharding, sites
+from gemma_jax.models import Model, edits, sharding, sites
 from gemma_jax.models.forward import forward, unembed
 
 LOGIT_ROWS = 256  # tokens whose logits exist at once
@@ -180,7 +180,7 @@ def splice_losses(
         f"The {name} is {array.shape}; expected [W, T], {tokens.shape}."
       )
   names = tuple(replacements)
-  short = _same_block(read, write, model.config)
+  _check_block(read, write, model.config)
   found, index = np.unique(document[:, 1:][mask[:, 1:]], return_inverse=True)
   owner = np.zeros(mask[:, 1:].shape, np.int64)
   owner[mask[:, 1:]] = index
@@ -209,7 +209,7 @@ def splice_losses(
       functions.append(fn if isinstance(fn, Partial) else Partial(fn))
     counted = padded[1][:, 1:].reshape(-1)
     values = _row_values(
-      model, padded[0], replaced, counted, tuple(functions), short, write
+      model, padded[0], replaced, counted, functions, read, write
     )
     owners = owner[part].reshape(-1)
     kept = counted[: len(owners)]
@@ -279,8 +279,8 @@ def spliced_cross_entropy(
 def _row_values(model, tokens, replaced, counted, functions, read, write):
   """[1 + R, 2, B * (T - 1)]: `_losses` of the counted rows of one batch.
 
-  The model runs once for each function, and logits of two models exist at
-  once, however many functions there are.
+  The model runs once for each function, by one program for all of them, and
+  logits of two models exist at once.
   """
   targets = tokens[:, 1:].reshape(-1)
   values = np.zeros((1 + len(functions), 2, len(targets)))
@@ -288,10 +288,11 @@ def _row_values(model, tokens, replaced, counted, functions, read, write):
   cfg, params = model.config, model.params
   with jax.set_mesh(model.mesh):
     placed = [sharding.put_batch(a, model.mesh) for a in (tokens, replaced)]
-    streams = [
-      _stream(cfg, params, *placed, function, read, write)
-      for function in (None, *functions)
-    ]
+    clean, x, y = _clean(cfg, params, placed[0], read, write)
+    streams = [clean]
+    for function in functions:
+      made = _made(function, x, y, placed[1])
+      streams.append(_stream(cfg, params, placed[0], made, write))
     # Blocks are separate programs: inside a loop of one program the CPU
     # runs everything but the products on a single core.
     for at in range(0, len(targets), size):
@@ -306,41 +307,55 @@ def _row_values(model, tokens, replaced, counted, functions, read, write):
   return values
 
 
-def _same_block(read: str, write: str, cfg) -> str:
-  """The short name of `read`."""
+def _check_block(read: str, write: str, cfg) -> None:
   source, target = (sites.parse(s, cfg) for s in (read, write))
   if source.layer != target.layer:
     raise ValueError(
       f"read={read!r} and write={write!r} must be sites of one block."
     )
-  return source.name
 
 
 def _by_token(function, tokens, x, y):
   return function(tokens, x, y)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6))
-def _stream(cfg, params, tokens, replaced, function, read, write):
-  """Last resid_post with a site replaced, or, without a function, clean.
+def _last(cfg) -> str:
+  return f"blocks.{cfg.num_layers - 1}.resid_post"
 
-  Returns:
-    [B * (T - 1), D]: the positions that predict a token.
-  """
-  last = f"blocks.{cfg.num_layers - 1}.resid_post"
 
-  def where_replaced(x, y):
-    return jnp.where(replaced[..., None], function(x, y), y)
+def _predicting(cfg, stream):
+  """[B, T, D] -> [B * (T - 1), D]: the positions that predict a token."""
+  return stream[:, :-1].reshape(-1, cfg.width)
 
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _clean(cfg, params, tokens, read, write):
+  """Last resid_post of the model as it is, and two of its sites."""
+  capture = (_last(cfg), read, write)
+  _, found = forward(
+    cfg, params, tokens, capture=capture, stop_at=cfg.num_layers
+  )
+  stream, x, y = (found[name] for name in capture)
+  return _predicting(cfg, stream), x, y
+
+
+@jax.jit
+def _made(function, x, y, replaced):
+  return jnp.where(replaced[..., None], function(x, y), y)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _stream(cfg, params, tokens, made, write):
+  """Last resid_post with a site replaced."""
   _, found = forward(
     cfg,
     params,
     tokens,
-    capture=(last,),
-    edits={} if function is None else {write: Splice(read, where_replaced)},
+    capture=(_last(cfg),),
+    edits={write: edits.replace(made)},
     stop_at=cfg.num_layers,
   )
-  return found[last][:, :-1].reshape(-1, cfg.width)
+  return _predicting(cfg, found[_last(cfg)])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.lookup_clusters = 256
 
   c.eval = ConfigDict()
-  c.eval.splice_tokens = 2_048
+  c.eval.splice_tokens = 1_024
   c.eval.splice_batch_size = 2
   c.eval.explained = 40
   c.eval.probe_seeds = 5

@@ -299,7 +299,7 @@ def _row_values(model, tokens, replaced, counted, functions, read, write):
       at = min(at, len(targets) - size)
       rows = slice(at, at + size)
       if counted[rows].any():
-        clean = _log_probabilities(cfg, params, streams[0], at, size)
+        clean = _clean_probabilities(cfg, params, streams[0], at, size)
         for value, stream in zip(values, streams, strict=True):
           value[:, rows] = _losses(
             cfg, params, clean, stream, targets[rows], at
@@ -358,28 +358,39 @@ def _stream(cfg, params, tokens, made, write):
   return _predicting(cfg, found[_last(cfg)])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _log_probabilities(cfg, params, stream, at, size):
-  """[size, V] of the rows of a stream from `at`."""
+def _logits(cfg, params, stream, at, size):
+  """[size, V] of the rows of a stream from `at`, less their largest."""
   rows = jax.lax.dynamic_slice_in_dim(stream, at, size)
-  return jax.nn.log_softmax(unembed(cfg, params, rows), axis=-1)
+  z = unembed(cfg, params, rows)
+  return z - jnp.max(z, axis=-1, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _clean_probabilities(cfg, params, stream, at, size):
+  """Of the rows of a stream from `at`, and their logarithms, [size, V]."""
+  logp = jax.nn.log_softmax(_logits(cfg, params, stream, at, size), axis=-1)
+  return jnp.exp(logp), logp
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _losses(cfg, params, clean, stream, targets, at):
-  """[2, rows]: the loss, and KL from clean log-probabilities [rows, V]."""
-  logp = _log_probabilities(cfg, params, stream, at, len(targets))
+  """[2, rows]: the loss, and KL from `_clean_probabilities`."""
+  z = _logits(cfg, params, stream, at, len(targets))
   # Whole on every process, which reads them all.
   return jax.lax.with_sharding_constraint(
-    _row_losses(clean, logp, targets), PartitionSpec()
+    _row_losses(clean, z, targets), PartitionSpec()
   )
 
 
-def _row_losses(clean, logp, targets):
-  """[2, rows] of log-probabilities [rows, V]."""
-  ce = -jnp.take_along_axis(logp, targets[:, None], 1)[:, 0]
-  # Log-probabilities stay finite where probabilities underflow to 0.
-  return jnp.stack([ce, jnp.sum(jnp.exp(clean) * (clean - logp), axis=-1)])
+def _row_losses(clean, z, targets):
+  """[2, rows] of logits [rows, V], the largest of which are 0."""
+  p, logp = clean
+  norm = jnp.log(jnp.sum(jnp.exp(z), axis=-1))
+  own = jnp.take_along_axis(z, targets[:, None], 1)[:, 0]
+  # Logarithms stay finite where probabilities underflow to 0, and dividing by
+  # the sum of p takes back what rounding did to it.
+  apart = jnp.sum(p * (logp - z), axis=-1) / jnp.sum(p, axis=-1)
+  return jnp.stack([norm - own, apart + norm])
 
 
 def ce_recovered(clean: float, spliced: float, ablated: float) -> float:

@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax.clustering import gaussian
+from gemma_jax.clustering import gaussian, lloyd
 from gemma_jax.clustering.mixture import (
   Mixture,
   factors,
   log_joint,
   terms_about,
 )
-from gemma_jax.clustering.nearest import nearest
 from gemma_jax.clustering.rows import Blocks, Rows, as_rows
 from gemma_jax.progress import bar
 
@@ -31,7 +30,7 @@ log = logging.getLogger("gemma_jax")
 # that a component owns.
 LEAST_ROWS = 0.99
 
-_nearest = jax.jit(nearest)
+_nearest = jax.jit(lloyd.nearest)
 
 
 class _Sums(NamedTuple):

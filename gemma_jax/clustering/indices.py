@@ -16,7 +16,7 @@ import numpy as np
 from scipy import sparse, stats
 
 from gemma_jax import progress
-from gemma_jax.clustering import nearest
+from gemma_jax.clustering import lloyd
 from gemma_jax.clustering.rows import Rows, as_rows, centre
 from gemma_jax.metrics.intervals import DocumentSums, document_interval
 
@@ -334,9 +334,9 @@ def _silhouette(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 @jax.jit
 def _to_centroids(x, own, centroids):
   """Distances [B] of rows to their own centroid and to the nearest other."""
-  scores = nearest.scores(x, centroids)
+  scores = lloyd.scores(x, centroids)
   mine = own[:, None] == jnp.arange(len(centroids))
-  other = nearest.first_largest(jnp.where(mine, -jnp.inf, scores))
+  other = lloyd.first_largest(jnp.where(mine, -jnp.inf, scores))
   # From differences: the scores are only good for telling which is nearest.
   return tuple(
     jnp.linalg.norm(x - centroids[which], axis=1) for which in (own, other)

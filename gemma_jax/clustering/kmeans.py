@@ -1,7 +1,6 @@
 """k-means by Lloyd's algorithm, of arrays and of stores."""
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Iterator
 
@@ -10,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from gemma_jax import progress
-from gemma_jax.clustering import bounds, lloyd
+from gemma_jax.clustering import lloyd
 from gemma_jax.clustering.bisecting import bisect
 from gemma_jax.clustering.minibatch import minibatch
 from gemma_jax.clustering.rows import Blocks, Rows, as_rows, centre
@@ -93,12 +92,6 @@ class Lloyd:
       mesh=mesh,
     )
 
-  @functools.cached_property
-  def _bounds(self) -> bounds.Bounds | None:
-    if self._k < lloyd.BOUNDED_FROM:
-      return None
-    return bounds.Bounds(bounds.basis(self._rows, self._placed), self._mesh)
-
   def _take(self, numbers: np.ndarray) -> np.ndarray:
     return self._placed(self._rows.take(numbers))
 
@@ -164,7 +157,6 @@ class Lloyd:
       self._mesh,
       unit=self._unit,
       rounding=self._rounding,
-      bounds=self._bounds,
     ):
       yield now
       if self.converged(now):
@@ -210,12 +202,7 @@ class Lloyd:
       ValueError: there are fewer different rows than clusters.
     """
     labels, distances, counts, _ = lloyd.assign(
-      self._blocks,
-      last.centroids,
-      self._mesh,
-      len(self._rows),
-      labels=last.labels,
-      bounds=self._bounds,
+      self._blocks, last.centroids, self._mesh, len(self._rows)
     )
     if empty := int((counts == 0).sum()):
       if (distances <= self._rounding).all():

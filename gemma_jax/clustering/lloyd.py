@@ -16,17 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gemma_jax.clustering.bounds import Bounds, rivals
-from gemma_jax.clustering.nearest import chunk_size, nearest
 from gemma_jax.clustering.rows import Blocks
 
 log = logging.getLogger("gemma_jax")
 
 FOLD = 2**16  # rows that are summed in plain float32
 LARGEST = 2**31 - 1  # rows that an int32 counts
-BOUNDED_FROM = 2**10  # clusters; with fewer, all scores cost as little
-WASTEFUL = 0.7  # share of open rows above which bounds spare nothing
-STEPS = 4  # sizes that the open rows of a block are padded to
 
 
 class Iteration(NamedTuple):
@@ -51,11 +46,68 @@ class Iteration(NamedTuple):
   counts: np.ndarray
 
 
+def chunk_size() -> int:
+  """Centroids whose scores exist at once: few enough for a CPU's caches."""
+  return 2**9 if jax.default_backend() == "cpu" else 2**12
+
+
 def block_size(clusters: int, mesh: Mesh) -> int:
   """Rows of a block: benchmarks/clustering.py --blocks."""
   if jax.default_backend() != "cpu":
     return 2**15 * mesh.size
   return (2**12 if clusters <= chunk_size() else 2**10) * mesh.size
+
+
+def scores(x: jax.Array, centroids: jax.Array) -> jax.Array:
+  """x.c - |c|^2 / 2, the larger the nearer: [B, D], [C, D] -> [B, C]."""
+  half = 0.5 * jnp.sum(centroids * centroids, axis=1, keepdims=True)
+  # One product with a column more is less to write than a product and a sum.
+  # GPUs would otherwise round the factors to TF32.
+  return jnp.matmul(
+    jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1),
+    jnp.concatenate([centroids, -half], axis=1).T,
+    precision="highest",
+  )
+
+
+def first_at_least(s: jax.Array, least: jax.Array) -> jax.Array:
+  """The first column of each row [B, C] that is at least [B], int32.
+
+  Numbers of columns are float32 while they are compared: XLA reduces those
+  several times faster on CPUs, where its argmax takes longer than the product.
+  """
+  last = s.shape[1] - 1
+  before = jnp.arange(last, -1, -1, dtype=jnp.float32)
+  most = jnp.max(jnp.where(s >= least[:, None], before, 0), axis=1)
+  return last - most.astype(jnp.int32)
+
+
+def first_largest(s: jax.Array) -> jax.Array:
+  """The first largest column of each row [B, C], int32."""
+  return first_at_least(s, jnp.max(s, axis=1))
+
+
+def nearest(x: jax.Array, centroids: jax.Array) -> jax.Array:
+  """The nearest centroid of each row, the first of equals.
+
+  Args:
+    x: [B, D], about the same centre as the centroids.
+    centroids: [C, D].
+
+  Returns:
+    int32 [B].
+  """
+  best = label = None
+  for start in range(0, len(centroids), chunk_size()):
+    s = scores(x, centroids[start : start + chunk_size()])
+    largest = jnp.max(s, axis=1)
+    own = start + first_at_least(s, largest)
+    if best is None:
+      best, label = largest, own
+    else:
+      label = jnp.where(largest > best, own, label)
+      best = jnp.maximum(largest, best)
+  return label
 
 
 class Sums(NamedTuple):
@@ -158,122 +210,23 @@ def _assign(mesh, sums, centroids, x, valid):
   )(sums, centroids, x, valid)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _keep(mesh, sums, centroids, limits, x, valid, bounds, own):
-  """As `_assign`, of the rows that keep their label; the others are open.
-
-  Returns:
-    Sums without the open rows, (labels, squared distances) as if all kept
-    theirs, and which are open, [B].
-  """
-  by_row = P(mesh.axis_names)
-
-  def local(sums, centroids, limits, x, valid, bounds, own):
-    mine = centroids[own]
-    least = jnp.sum((x - 0.5 * mine) * mine, axis=1)
-    # Its own bound is among them.
-    open_ = valid & (rivals(bounds, limits, least) > 1)
-    apart = x - mine
-    distances = jnp.where(valid, jnp.sum(apart * apart, axis=1), 0)
-    into = jnp.where(valid & ~open_, own, len(centroids))
-    return add_rows(sums, apart, into), (own, distances), open_
-
-  return jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=(sharded(mesh), P(), P(), by_row, by_row, by_row, by_row),
-    out_specs=(sharded(mesh), (by_row, by_row), by_row),
-  )(sums, centroids, limits, x, valid, bounds, own)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _settle(mesh, sums, centroids, x, found, rows):
-  """Open rows, by number on their device: their nearest centroids."""
-  by_row = P(mesh.axis_names)
-
-  def local(sums, centroids, x, found, rows):
-    some = x.at[rows].get(mode="clip")
-    labels = nearest(some, centroids)
-    apart = some - centroids[labels]
-    into = jnp.where(rows < len(x), labels, len(centroids))
-    new = labels, jnp.sum(apart * apart, axis=1)
-    return add_rows(sums, apart, into), tuple(
-      old.at[rows].set(values, mode="drop")
-      for old, values in zip(found, new, strict=True)
-    )
-
-  return jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=(sharded(mesh), P(), by_row, (by_row, by_row), by_row),
-    out_specs=(sharded(mesh), (by_row, by_row)),
-  )(sums, centroids, x, found, rows)
-
-
-def _numbers(open_: np.ndarray, ways: int) -> np.ndarray | None:
-  """Numbers of the open rows on each of `ways` devices, padded; None: none."""
-  each = open_.reshape(ways, -1)
-  most = int(each.sum(1).max())
-  if not most:
-    return None
-  step = -(-each.shape[1] // STEPS)
-  out = np.full((ways, -(-most // step) * step), each.shape[1], np.int32)
-  for device, here in enumerate(each):
-    (numbers,) = np.nonzero(here)
-    out[device, : len(numbers)] = numbers
-  return out.ravel()
-
-
 def assign(
-  blocks: Blocks,
-  centroids: np.ndarray,
-  mesh: Mesh,
-  rows: int,
-  *,
-  labels: np.ndarray | None = None,
-  bounds: Bounds | None = None,
+  blocks: Blocks, centroids: np.ndarray, mesh: Mesh, rows: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
   """One pass.
-
-  Args:
-    blocks: the rows.
-    centroids: [C, D].
-    mesh: over which the rows are split.
-    rows: N.
-    labels: int32 [N], guesses, with which `bounds` can spare products.
-    bounds: of the rows; None: all scores are computed.
 
   Returns:
     labels int32 [N], squared distances float32 [N], counts int64 [C] and sums
     of the rows less their centroid, float64 [C, D].
   """
   whole = NamedSharding(mesh, P())
-  by_row = NamedSharding(mesh, P(mesh.axis_names))
   centroids = jax.device_put(np.asarray(centroids, np.float32), whole)
-  limits = None
-  if bounds is not None and labels is not None and labels.min() >= 0:
-    limits = bounds.of_centroids(centroids)
 
   def step(sums, start, x, valid):
-    nonlocal limits
-    if limits is None:
-      return _assign(mesh, sums, centroids, x, valid)
-    own = labels[start : start + len(x)]
-    own = jax.device_put(np.pad(own, (0, len(x) - len(own))), by_row)
-    made = bounds.of_block(start, x, blocks.kept)
-    sums, found, open_ = _keep(
-      mesh, sums, centroids, limits, x, valid, made, own
-    )
-    open_ = np.asarray(open_)
-    if open_.mean() > WASTEFUL:
-      limits = None  # for the rest of this pass
-    numbers = _numbers(open_, mesh.size)
-    if numbers is None:
-      return sums, found
-    numbers = jax.device_put(numbers, by_row)
-    return _settle(mesh, sums, centroids, x, found, numbers)
+    return _assign(mesh, sums, centroids, x, valid)
 
   found, sums = sum_blocks(blocks, no_sums(mesh, *centroids.shape), step)
+  # Only now is anything waited for.
   labels, distances = (
     np.concatenate([np.asarray(part) for part in side])[:rows]
     for side in zip(*found, strict=True)
@@ -294,7 +247,6 @@ def lloyd(
   *,
   unit: bool = False,
   rounding: float = 0.0,
-  bounds: Bounds | None = None,
 ) -> Iterator[Iteration]:
   """Iterations without end.
 
@@ -308,17 +260,11 @@ def lloyd(
     mesh: over which the rows are split.
     unit: whether centroids are scaled to norm 1.
     rounding: squared distances up to this are none.
-    bounds: of the rows; see `assign`.
   """
   now = start
   while True:
     labels, distances, counts, sums = assign(
-      blocks,
-      now.centroids,
-      mesh,
-      len(now.labels),
-      labels=now.labels,
-      bounds=bounds,
+      blocks, now.centroids, mesh, len(now.labels)
     )
     sums += counts[:, None] * now.centroids.astype(np.float64)
     _repair(counts, sums, labels, distances, take, rounding)

@@ -13,8 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gemma_jax.clustering.lloyd import Iteration
-from gemma_jax.clustering.nearest import nearest
+from gemma_jax.clustering.lloyd import Iteration, nearest
 
 log = logging.getLogger("gemma_jax")
 

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from gemma_jax.clustering import gaussian
-from gemma_jax.clustering.nearest import first_largest
+from gemma_jax.clustering import gaussian, lloyd
 from gemma_jax.clustering.rows import as_rows
 
 
@@ -179,7 +178,7 @@ def _log_likelihood(joint):
   return jax.nn.logsumexp(joint, axis=1)
 
 
-_most_likely = jax.jit(first_largest)
+_most_likely = jax.jit(lloyd.first_largest)
 
 
 @jax.jit

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from gemma_jax import machine
 from gemma_jax.activations import Normalisation
 from gemma_jax.clustering.kmeans import KMeans, kmeans
-from gemma_jax.clustering.nearest import nearest
+from gemma_jax.clustering.lloyd import nearest
 from gemma_jax.clustering.rows import ArrayRows, MappedRows, Rows, as_rows
 
 KINDS = ("residual", "product", "spherical")

@@ -181,11 +181,6 @@ class Blocks:
   def __len__(self) -> int:
     return -(-len(self._rows) // self.size)
 
-  @property
-  def kept(self) -> bool:
-    """Whether they stay on the devices."""
-    return self._kept is not None
-
   def __iter__(self) -> Iterator[tuple[int, jax.Array, jax.Array]]:
     """(number of the first row, x [B, D], whether each is a row [B])."""
     if self._kept is None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import progress
-from gemma_jax.clustering.nearest import nearest
+from gemma_jax.clustering.lloyd import nearest
 from gemma_jax.clustering.rows import Rows
 
 log = logging.getLogger("gemma_jax")

@@ -9,7 +9,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from gemma_jax.clustering import kmeans
 from gemma_jax.clustering.kmeans import Lloyd
-from gemma_jax.clustering.nearest import nearest
+from gemma_jax.clustering.lloyd import nearest
 from gemma_jax.clustering.rows import ArrayRows
 
 # Lloyd-Max distortions of a standard normal: Max 1960, table I.
@@ -146,7 +146,7 @@ def test_rows_that_are_read_again_in_every_pass_give_the_same(monkeypatch):
 def test_rows_are_compared_with_some_centroids_at_a_time(monkeypatch):
   x, centroids = cloud(100), cloud(90, seed=1)
   whole = nearest(x, centroids)
-  monkeypatch.setattr("gemma_jax.clustering.nearest.chunk_size", lambda: 7)
+  monkeypatch.setattr("gemma_jax.clustering.lloyd.chunk_size", lambda: 7)
   np.testing.assert_array_equal(nearest(x, centroids), whole)
 
 

@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   for parts in (4, 16, 64):
     c.clusterings[f"product{parts}"] = clusters(
-      method="product", counts=(256,), stages=parts, max_iter=8
+      method="product", counts=(256,), stages=parts, init="random", max_iter=6
     )
   c.prefixes = (2, 4, 8, 16, 32, 64)
   c.components = (1, 4, 16, 64, 256)

@@ -20,17 +20,17 @@ MEASURES = {"fvu": "FVU", "delta_ce": "ΔCE (nats per token)"}
 
 
 def rates_figure(rows: Sequence[Mapping[str, Any]], eigenvalues) -> Figure:
-  """FVU and delta CE against each budget, a colour for each kind of code.
+  """FVU and delta CE against each budget, a style for each kind of code.
 
   Args:
     rows: of codes, with `kind`, the budgets and the measures.
     eigenvalues: of the covariance, [D], for the line of the Gaussian bound.
   """
-  figure, grid = plots.canvas(6.4, rows=len(MEASURES), columns=len(BUDGETS))
+  figure, grid = plots.canvas(9.6, rows=len(BUDGETS), columns=len(MEASURES))
   kinds = list(dict.fromkeys(row["kind"] for row in rows))
-  for line, measure in zip(grid, MEASURES, strict=True):
-    for axes, budget in zip(line, BUDGETS, strict=True):
-      for number, kind in enumerate(kinds):
+  for line, budget in zip(grid, BUDGETS, strict=True):
+    for axes, measure in zip(line, MEASURES, strict=True):
+      for kind in kinds:
         own = sorted(
           (row[budget], row[measure])
           for row in rows
@@ -41,15 +41,19 @@ def rates_figure(rows: Sequence[Mapping[str, Any]], eigenvalues) -> Figure:
         if own:
           axes.plot(
             *zip(*own, strict=True),
-            "o-",
-            color=plots.COLOURS[number % len(plots.COLOURS)],
-            markersize=3.5,
+            **_style(kinds, kind),
+            linestyle="-",
             linewidth=0.9,
             label=kind,
           )
+      plots.dress(axes, x=BUDGETS[budget], y=MEASURES[measure])
+      axes.set_xscale("log")
+      if measure == "fvu":
+        axes.set_yscale("log")
       if measure == "fvu" and budget == "bits":
-        high = max(row["bits"] for row in rows)
-        bits = np.geomspace(1, max(high, 2), 100)
+        # The codes fill the panel; the bound goes on below it.
+        axes.set_ylim(axes.get_ylim())
+        bits = np.geomspace(*axes.get_xlim(), 100)
         axes.plot(
           bits,
           gaussian_bound(eigenvalues, bits),
@@ -58,12 +62,27 @@ def rates_figure(rows: Sequence[Mapping[str, Any]], eigenvalues) -> Figure:
           linewidth=1,
           label="Gaussian bound",
         )
-      plots.dress(axes, x=BUDGETS[budget], y=MEASURES[measure])
-      axes.set_xscale("log")
-      if measure == "fvu":
-        axes.set_yscale("log")
-  plots.key(grid[0][0])
+  handles, labels = grid[0][0].get_legend_handles_labels()
+  figure.legend(
+    handles,
+    labels,
+    loc="outside lower center",
+    ncols=4,
+    fontsize=9,
+    labelcolor=plots.INK,
+    frameon=False,
+  )
   return figure
+
+
+def _style(kinds: Sequence[str], kind: str) -> dict[str, Any]:
+  """Colour and marker; there are more kinds than colours."""
+  again, number = divmod(kinds.index(kind), len(plots.COLOURS))
+  return {
+    "color": plots.COLOURS[number],
+    "marker": "osD^"[again % 4],
+    "markersize": 3.5,
+  }
 
 
 def interpretability_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -78,9 +97,12 @@ def interpretability_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
   for row in rows:
     if not plots.is_finite(row.get("auroc")):
       continue
-    colour = plots.COLOURS[kinds.index(row["kind"]) % len(plots.COLOURS)]
     axes.errorbar(
-      row["bits"], row["auroc"], row["auroc_mdd"], fmt="o", color=colour
+      row["bits"],
+      row["auroc"],
+      row["auroc_mdd"],
+      linestyle="none",
+      **_style(kinds, row["kind"]),
     )
     axes.plot(row["bits"], row["auroc_shuffled"], "x", color="#aaaaaa")
     axes.annotate(

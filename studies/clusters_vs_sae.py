@@ -186,11 +186,8 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   moments, _ = linear.fit(store["train"], site, site)
   mean = moments.mean_x
   eigenvalues, vectors = np.linalg.eigh(moments.covariance)
-  found = [
-    *contenders.of_dictionaries(
-      members, contenders.sample(store["train"], site, contenders.SAMPLE)
-    )
-  ]
+  sample = contenders.sample(store["train"], site, contenders.SAMPLE)
+  found = [*contenders.of_dictionaries(members, sample)]
   for name, one in clustered.items():
     found += contenders.of_clusterings(one, workdir / name, config["prefixes"])
   found += contenders.baselines(
@@ -200,6 +197,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     site,
     mean,
     vectors[:, ::-1],
+    sample,
     about.vocab_size,
   )
   # -------------------------------------------------------------- held-out

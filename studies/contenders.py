@@ -74,6 +74,7 @@ def baselines(
   site: str,
   mean: np.ndarray,
   vectors: np.ndarray,
+  rows: np.ndarray,
   vocab_size: int,
 ) -> Iterator[Code]:
   """Those that see nothing, little, or the token alone.
@@ -85,13 +86,13 @@ def baselines(
     site: of it.
     mean: of those, [D].
     vectors: principal components, the largest first, [D, D].
+    rows: training rows [n, D] for the bits of a value.
     vocab_size: of the model.
   """
   counts = [c.origin.clusters for c in found if c.kind == "kmeans"]
   if counts:
     random = of_centroids(sample(store, site, max(counts)))
     yield codes.of_quantiser(f"random{random.clusters}", "random", random)
-  rows = sample(store, site, SAMPLE)
   for rank in config["components"]:
     yield codes.of_components(mean, vectors[:, :rank], rows)
   means = activations.token_means(store, site, vocab_size)

@@ -13,9 +13,12 @@ from gemma_jax.models import Model
 
 def describe(model: Model) -> dict[str, str]:
   """What a store keeps of the model that made it."""
+  fingerprint = of_model(model.directory)
+  # Changed weights must not pass for those of the directory.
+  changes = "; ".join(("", *model.changes))
   return {
-    "model": pathlib.Path(model.directory).name,
-    "model_fingerprint": of_model(model.directory),
+    "model": pathlib.Path(model.directory).name + changes,
+    "model_fingerprint": fingerprint + changes,
     "family": model.config.family,
     "compute_dtype": str(model.params["embed"].dtype),
     "backend": jax.default_backend(),

@@ -1,6 +1,6 @@
 """Forward passes of Gemma 2 and 3, GPT-2, Pythia and Llama; named sites."""
 
-from gemma_jax.models import edits, reduce
+from gemma_jax.models import edits, perturb, reduce
 from gemma_jax.models.config import ModelConfig
 from gemma_jax.models.edits import PerLayer, Splice
 from gemma_jax.models.families import PRESETS
@@ -28,6 +28,7 @@ __all__ = [
   "load_model",
   "load_tokenizer",
   "make_mesh",
+  "perturb",
   "read_config",
   "reduce",
   "resolve",

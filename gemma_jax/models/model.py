@@ -43,6 +43,7 @@ class Model:
     mesh: where the parameters live.
     directory: the Hugging Face directory that it was read from.
     attention: which implementation runs; see the module `attention`.
+    changes: what was done to the weights since; see the module `perturb`.
   """
 
   config: ModelConfig
@@ -50,6 +51,7 @@ class Model:
   mesh: Mesh
   directory: pathlib.Path
   attention: str = "auto"
+  changes: tuple[str, ...] = ()
 
   @functools.cached_property
   def tokenizer(self):

@@ -14,6 +14,7 @@ from gemma_jax.statistics.equivalence import (
   minimum_n,
   tost,
 )
+from gemma_jax.statistics.jackknife import pseudo_values
 from gemma_jax.statistics.multiple import (
   benjamini_hochberg,
   benjamini_yekutieli,
@@ -47,6 +48,7 @@ __all__ = [
   "minimum_detectable_difference",
   "minimum_n",
   "permutation_test",
+  "pseudo_values",
   "smallest_p",
   "tost",
 ]

@@ -149,16 +149,16 @@ def test_clusters_have_nearest_latents_beyond_chance(done):
 
 def test_a_transcoder_is_refused_before_any_work(tmp_path):
   bad = config(**{"run.activations.write": "blocks.{layer}.mlp_out"})
-  with pytest.raises(ValueError, match="one site"):
+  with pytest.raises(ValueError, match=r"one site"):
     clusters_vs_sae.run(bad, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 
 def test_what_a_clustering_refuses_is_refused_before_any_work(tmp_path):
   bad = config(**{"clusterings.kmeans.method": "dbscan"})
-  with pytest.raises(ValueError, match="dbscan"):
+  with pytest.raises(ValueError, match=r"dbscan"):
     clusters_vs_sae.run(bad, tmp_path / "run")
-  with pytest.raises(ValueError, match="probe_seeds"):
+  with pytest.raises(ValueError, match=r"probe_seeds"):
     clusters_vs_sae.plan(config(**{"eval.probe_seeds": 1}))
 
 

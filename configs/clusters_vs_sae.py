@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.job = "studies.clusters_vs_sae"
 
   c.run = run = base.gemma3_270m()
-  run.data.train_tokens = 204_800
+  run.data.train_tokens = 184_320
   run.data.heldout_tokens = 16_384
   run.dictionary.width = 8_192
   run.dictionary.k = 32.0
@@ -28,6 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
   run.train.steps = 400
   run.train.batch_size = 1_024
   run.eval.splice_tokens = 256
+  run.eval.splice_batch_size = 1
   run.eval.latents = 5
 
   def clusters(**changes) -> ConfigDict:
@@ -37,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
   c.clusterings = ConfigDict()
   c.clusterings.kmeans = clusters(
-    counts=(64, 128, 256, 512, 1_024, 2_048), max_iter=25
+    counts=(64, 128, 256, 512, 1_024, 2_048), max_iter=15
   )
   c.clusterings.large = clusters(
     counts=(4_096, 8_192, 16_384), init="bisecting", max_iter=3
@@ -46,18 +47,18 @@ def get_config(arg: str = "") -> ConfigDict:
     method="spherical", counts=(256, 2_048), max_iter=15
   )
   c.clusterings.residual = clusters(
-    method="residual", counts=(256,), stages=64, init="random", max_iter=6
+    method="residual", counts=(256,), stages=64, init="random", max_iter=4
   )
   for parts in (4, 16, 64):
     c.clusterings[f"product{parts}"] = clusters(
-      method="product", counts=(256,), stages=parts, init="random", max_iter=6
+      method="product", counts=(256,), stages=parts, init="random", max_iter=4
     )
   c.prefixes = (2, 4, 8, 16, 32, 64)
   c.components = (1, 4, 16, 64, 256)
   c.lookup_clusters = 256
 
   c.eval = ConfigDict()
-  c.eval.splice_tokens = 1_024
+  c.eval.splice_tokens = 1_000
   c.eval.splice_batch_size = 2
   c.eval.explained = 40
   c.eval.probe_seeds = 5

@@ -152,7 +152,7 @@ def compare(
 
 
 def depth_pairs(count_a: int, count_b: int) -> list[tuple[int, int]]:
-  """Layers of equal relative depth, one pair for each layer of the shallower."""
+  """Layers of equal relative depth, one for each of the shallower model."""
   least = min(count_a, count_b)
   steps = np.linspace(0, 1, least) if least > 1 else np.ones(1)
   return [

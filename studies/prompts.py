@@ -11,7 +11,7 @@ import numpy as np
 
 OWN = pathlib.Path(__file__).with_name("capabilities")
 CAPABILITIES = tuple(sorted(path.stem for path in OWN.glob("*.jsonl")))
-KEYS = {"id": str, "capability": str, "prompt": str, "response": str}
+KEYS = ("id", "capability", "prompt", "response")
 OPTIONAL = ("response",)
 
 
@@ -106,10 +106,10 @@ def _prompt(line: str, known: Mapping[str, str], where: str) -> Prompt:
     if not isinstance(given.get(name, "" if name in OPTIONAL else None), str)
     or (name not in OPTIONAL and not given[name].strip())
   ]
-  if wrong or set(given) - set(KEYS):
+  if wrong or (wrong := sorted(set(given) - set(KEYS))):
     raise ValueError(
       f"{where}: expected {', '.join(KEYS)} as text ({', '.join(OPTIONAL)} may "
-      f"be left out), got {sorted(given)}; look at {wrong or sorted(set(given) - set(KEYS))}"
+      f"be left out), got {sorted(given)}; look at {', '.join(wrong)}"
     )
   return Prompt(**given)
 

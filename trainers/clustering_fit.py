@@ -76,10 +76,9 @@ def fit(
     for now in _recorded(
       going, start, directory, k, len(rows), max_iter, began
     ):
-      last = now.number == max_iter or bool(stopping)
-      if now.number % checkpoint_every == 0 or last:
+      if now.number % checkpoint_every == 0 or stopping:
         store.save(now.number, _arrays(now))
-      if last:
+      if now.number == max_iter or stopping:
         break
     store.close()
     if stopping:

@@ -367,9 +367,13 @@ def _logits(cfg, params, stream, at, size):
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _clean_probabilities(cfg, params, stream, at, size):
-  """Of the rows of a stream from `at`, and their logarithms, [size, V]."""
+  """Of rows from `at`: probabilities and logarithms [size, V], and their sums.
+
+  The sums take back what rounding did to the probabilities.
+  """
   logp = jax.nn.log_softmax(_logits(cfg, params, stream, at, size), axis=-1)
-  return jnp.exp(logp), logp
+  p = jnp.exp(logp)
+  return p, logp, jnp.sum(p, axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -384,12 +388,11 @@ def _losses(cfg, params, clean, stream, targets, at):
 
 def _row_losses(clean, z, targets):
   """[2, rows] of logits [rows, V], the largest of which are 0."""
-  p, logp = clean
+  p, logp, total = clean
   norm = jnp.log(jnp.sum(jnp.exp(z), axis=-1))
   own = jnp.take_along_axis(z, targets[:, None], 1)[:, 0]
-  # Logarithms stay finite where probabilities underflow to 0, and dividing by
-  # the sum of p takes back what rounding did to it.
-  apart = jnp.sum(p * (logp - z), axis=-1) / jnp.sum(p, axis=-1)
+  # Logarithms stay finite where probabilities underflow to 0.
+  apart = jnp.sum(p * (logp - z), axis=-1) / total
   return jnp.stack([norm - own, apart + norm])
 
 

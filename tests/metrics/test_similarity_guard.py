@@ -33,7 +33,9 @@ def test_another_width_refuses_cosine_and_accepts_cka():
 
 def test_another_tokenizer_refuses_kl_and_accepts_cross_likelihood():
   for name in guard.TOKENS:
-    with pytest.raises(ValueError, match=r"different tokenizers.*cross_likelih"):
+    with pytest.raises(
+      ValueError, match=r"different tokenizers.*cross_likelih"
+    ):
       guard.check(name, BASE, OTHER)
   for name in (*guard.TEXTS, *guard.ROWS):
     guard.check(name, BASE, OTHER)

@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from gemma_jax.report import convergence, plots
+from gemma_jax.report import convergence_plots as figures
 
 CAPABILITIES = ("truthfulness", "safety", "instructions")
 MEASURES = {
@@ -47,7 +48,7 @@ def row(a, b, level, capability="all", **changes):
   return values | changes
 
 
-def study(models=4, levels=convergence.LEVELS, maps=2, seed=0, names=None):
+def study(models=4, levels=figures.LEVELS, maps=2, seed=0, names=None):
   """Results of a study of all pairs of so many models."""
   rng = np.random.default_rng(seed)
   names = names or [f"model-{i}" for i in range(models)]
@@ -65,7 +66,7 @@ def study(models=4, levels=convergence.LEVELS, maps=2, seed=0, names=None):
           share=share,
           share_low=share - 0.1,
           share_high=share + 0.05,
-          verdict=str(rng.choice([*convergence.VERDICTS])),
+          verdict=str(rng.choice([*figures.VERDICTS])),
         )
       )
   rows.append(row(*pairs[0], levels[0], primary=False, measure="top1"))
@@ -187,9 +188,9 @@ def test_the_summary_has_a_line_for_each_level_and_pair():
   assert "Models: 4 (model-0, model-1, model-2, model-3)" in lines
   assert "Prompts: 40" in lines
   assert "Refused comparisons: 1" in lines
-  starts = [lines.index(level.upper()) for level in convergence.LEVELS]
+  starts = [lines.index(level.upper()) for level in figures.LEVELS]
   assert starts == sorted(starts)
-  for level, start in zip(convergence.LEVELS, starts, strict=True):
+  for level, start in zip(figures.LEVELS, starts, strict=True):
     own = [
       r
       for r in results["rows"]
@@ -242,7 +243,7 @@ def test_different_numbers_of_prompts_are_given_as_a_range():
 
 def test_a_heat_map_has_both_scores_on_one_scale_and_its_best_pair():
   given = one_map(p=np.linspace(0, 1, 35).reshape(5, 7).tolist())
-  figure = drawn(convergence.heat_map_figure(given))
+  figure = drawn(figures.heat_map_figure(given))
   raw, calibrated, bar = figure.axes
   for axes, name in ((raw, "scores"), (calibrated, "calibrated")):
     (image,) = axes.images
@@ -265,7 +266,7 @@ def test_a_heat_map_has_both_scores_on_one_scale_and_its_best_pair():
   ("shape", "y", "x"), [((4, 9), 4, 9), ((18, 30), 9, 6), ((10, 80), 5, 8)]
 )
 def test_ticks_of_a_heat_map_are_thinned_and_keep_their_layers(shape, y, x):
-  figure = drawn(convergence.heat_map_figure(one_map(shape=shape)))
+  figure = drawn(figures.heat_map_figure(one_map(shape=shape)))
   axes = figure.axes[0]
   assert (len(axes.get_yticks()), len(axes.get_xticks())) == (y, x)
   for at, text in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True):
@@ -275,7 +276,7 @@ def test_ticks_of_a_heat_map_are_thinned_and_keep_their_layers(shape, y, x):
 def test_a_heat_map_survives_missing_scores_and_long_names():
   given = one_map(LONG + "a", LONG + "b")
   given["scores"][0][0], given["scores"][1][1] = None, -0.2
-  figure = drawn(convergence.heat_map_figure(given))
+  figure = drawn(figures.heat_map_figure(given))
   values = figure.axes[0].images[0].get_array()
   assert np.ma.getmaskarray(values).sum() == 1 or np.isnan(values).sum() == 1
   assert inside(figure)
@@ -283,11 +284,11 @@ def test_a_heat_map_survives_missing_scores_and_long_names():
 
 def test_a_forest_has_a_panel_for_a_level_and_a_line_for_a_pair():
   results = study()
-  figure = drawn(convergence.forest_figure(results))
+  figure = drawn(figures.forest_figure(results))
   assert [axes.get_title(loc="left") for axes in figure.axes] == [
     f"{level} ({measure})" for level, measure in MEASURES.items()
   ]
-  for axes, level in zip(figure.axes, convergence.LEVELS, strict=True):
+  for axes, level in zip(figure.axes, figures.LEVELS, strict=True):
     own = [
       r
       for r in results["rows"]
@@ -297,8 +298,8 @@ def test_a_forest_has_a_panel_for_a_level_and_a_line_for_a_pair():
       (
         r["share"],
         y,
-        convergence.VERDICTS[r["verdict"]]["marker"],
-        to_hex(convergence.VERDICTS[r["verdict"]]["color"]),
+        figures.VERDICTS[r["verdict"]]["marker"],
+        to_hex(figures.VERDICTS[r["verdict"]]["color"]),
       )
       for y, r in enumerate(own)
     ]
@@ -312,7 +313,7 @@ def test_a_forest_has_a_panel_for_a_level_and_a_line_for_a_pair():
     # The first pair stands on top.
     assert axes.get_ylim()[0] > 5 > 0 > axes.get_ylim()[1]
   assert set(legend(figure)) == {
-    *convergence.VERDICTS,
+    *figures.VERDICTS,
     "0 floor, 1 identity",
     "margin of 0.1 from either",
   }
@@ -322,8 +323,8 @@ def test_intervals_are_cut_at_the_axis_and_arrows_say_so():
   results = replaced(
     study(2), share=0.5, share_low=-3.0, share_high=1.5, verdict="not shown"
   )
-  axes = convergence.forest_figure(results).axes[0]
-  left, right = convergence.SPAN
+  axes = figures.forest_figure(results).axes[0]
+  left, right = figures.SPAN
   assert bars(axes) == [(left, right, 0)]
   found = {(x, marker) for x, _, marker, _ in points(axes)}
   assert found == {(0.5, "D"), (left, "<"), (right, ">")}
@@ -331,13 +332,13 @@ def test_intervals_are_cut_at_the_axis_and_arrows_say_so():
 
 def test_a_share_beyond_the_axis_is_an_arrow_without_a_point():
   results = replaced(study(2), share=-0.9, share_low=-1.0, share_high=-0.8)
-  axes = convergence.forest_figure(results).axes[0]
+  axes = figures.forest_figure(results).axes[0]
   assert [point[:3] for point in points(axes)] == [(-0.25, 0, "<")]
 
 
 def test_a_share_without_an_interval_is_a_point():
   results = replaced(study(2), share=0.7, share_low=None, share_high=None)
-  axes = convergence.forest_figure(results).axes[0]
+  axes = figures.forest_figure(results).axes[0]
   assert [point[:2] for point in points(axes)] == [(0.7, 0)]
   assert bars(axes) == [(0.7, 0.7, 0)]
 
@@ -345,18 +346,18 @@ def test_a_share_without_an_interval_is_a_point():
 def test_pairs_without_a_share_and_levels_without_pairs_are_left_out():
   results = study(3, levels=("behaviour", "features"))
   results["rows"][0]["share"] = None
-  figure = drawn(convergence.forest_figure(results))
+  figure = drawn(figures.forest_figure(results))
   assert [len(points(axes)) for axes in figure.axes] == [2, 3]
   labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
   assert labels == ["model-0 and model-2", "model-1 and model-2"]
-  assert convergence.forest_figure(replaced(study(), share=None)) is None
+  assert figures.forest_figure(replaced(study(), share=None)) is None
 
 
 @pytest.mark.parametrize("models", [2, 6])
 @pytest.mark.parametrize("long", [False, True])
 def test_a_forest_of_1_or_15_pairs_keeps_its_lines_apart(models, long):
   names = [f"{LONG if long else 'model'}-{i}" for i in range(models)]
-  figure = drawn(convergence.forest_figure(study(names=names)))
+  figure = drawn(figures.forest_figure(study(names=names)))
   assert inside(figure)
   renderer = figure.canvas.get_renderer()
   for axes in figure.axes:
@@ -370,14 +371,14 @@ def test_a_forest_of_1_or_15_pairs_keeps_its_lines_apart(models, long):
 
 def test_capabilities_have_a_colour_for_each_pair():
   results = study(3)
-  figure = drawn(convergence.capabilities_figure(results))
+  figure = drawn(figures.capabilities_figure(results))
   assert [axes.get_title(loc="left") for axes in figure.axes] == [*MEASURES]
   assert legend(figure)[:3] == [
     "model-0 and model-1",
     "model-0 and model-2",
     "model-1 and model-2",
   ]
-  for axes, level in zip(figure.axes, convergence.LEVELS, strict=True):
+  for axes, level in zip(figure.axes, figures.LEVELS, strict=True):
     own = [
       r
       for r in results["rows"]
@@ -403,7 +404,7 @@ def test_of_many_pairs_those_with_the_largest_spread_are_shown():
   for r in results["rows"]:
     if r["capability"] == "safety" and r["level"] == "features":
       r["share"] = -2.0 if (r["a"], r["b"]) in wide else 0.5
-  figure = drawn(convergence.capabilities_figure(results))
+  figure = drawn(figures.capabilities_figure(results))
   assert figure.get_suptitle().startswith("6 of 15 pairs")
   shown = {tuple(t.split(" and ")) for t in legend(figure) if " and " in t}
   assert shown == wide
@@ -413,8 +414,8 @@ def test_of_many_pairs_those_with_the_largest_spread_are_shown():
 def test_without_capabilities_or_maps_there_is_no_such_figure():
   results = study()
   results["rows"] = [r for r in results["rows"] if r["capability"] == "all"]
-  assert convergence.capabilities_figure(results) is None
-  assert convergence.null_figure([]) is None
+  assert figures.capabilities_figure(results) is None
+  assert figures.null_figure([]) is None
 
 
 def test_long_names_stay_within_the_figure_of_capabilities():
@@ -422,12 +423,12 @@ def test_long_names_stay_within_the_figure_of_capabilities():
   for r in results["rows"]:
     if r["capability"] == "safety":
       r["capability"] = "a capability with a name of " + "y" * 100
-  assert inside(drawn(convergence.capabilities_figure(results)))
+  assert inside(drawn(figures.capabilities_figure(results)))
 
 
 def test_nulls_have_a_histogram_the_threshold_and_the_observed_score():
   maps = [one_map(seed=i, threshold=0.5 + i / 100) for i in range(4)]
-  figure = drawn(convergence.null_figure(maps))
+  figure = drawn(figures.null_figure(maps))
   assert len(figure.axes) == 4
   for axes, one in zip(figure.axes, maps, strict=True):
     assert sum(patch.get_height() for patch in axes.patches) == 200
@@ -442,7 +443,7 @@ def test_nulls_have_a_histogram_the_threshold_and_the_observed_score():
 
 def test_more_than_twelve_nulls_are_cut_and_counted():
   maps = [one_map(f"{LONG}-{i}", LONG, seed=i) for i in range(15)]
-  figure = drawn(convergence.null_figure(maps))
+  figure = drawn(figures.null_figure(maps))
   assert len(figure.axes) == 12
   assert figure.get_suptitle() == "The first 12 of 15 maps"
   assert inside(figure)

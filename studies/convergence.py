@@ -34,7 +34,8 @@ FIELDS = {
   "dtype": (str, type(None)),  # of the models; None: the backend's default
   "mesh": fields.Free,
   "models": fields.Free,  # name -> `subjects.FIELDS`
-  "pairs": (str, list, tuple),  # "first": with the first model; "all"; or pairs
+  "reference": str,  # a model: its answers are read where there is no response
+  "pairs": (str, list, tuple),  # "reference": with that model; "all"; or pairs
   "dictionaries": fields.Free,  # name -> config of trainers.dictionary
   "prompts": {
     "capabilities": (list, tuple),  # of `prompts.CAPABILITIES`
@@ -91,8 +92,11 @@ def prepare(config: Mapping[str, Any]) -> tuple[list[Prompt], list[tuple]]:
   """
   fields.check(config, FIELDS)
   specs, own = config["models"], config["compare"]
-  if len(specs) < 2:
-    raise ValueError(f"expected at least 2 models, got {list(specs)}")
+  if len(specs) < 2 or config["reference"] not in specs:
+    raise ValueError(
+      f"expected at least 2 models and a reference among them, got "
+      f"{list(specs)} and {config['reference']!r}"
+    )
   for name, spec in specs.items():
     fields.check({name: spec}, {name: subjects.FIELDS})
     for path in spec["dictionaries"]:
@@ -190,7 +194,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     )
     for name, one in models.items()
   }
-  texts = _texts(found, answered[next(iter(config["models"]))], config)
+  texts = _texts(found, answered[config["reference"]], config["reference"])
   other = prompts.others(found, config["seed"])
   for name, one in models.items():
     path = folder / name / "reading.npz"
@@ -371,22 +375,24 @@ def _read(one: Subject, found, texts, answered, other, compared, pairs, config):
   return out
 
 
-def _texts(found: Sequence[Prompt], first: Sequence[str], config) -> list[str]:
+def _texts(
+  found: Sequence[Prompt], answers: Sequence[str], reference: str
+) -> list[str]:
   """What all models read after the prompts."""
   lacking = [
     prompt.id
-    for prompt, answer in zip(found, first, strict=True)
+    for prompt, answer in zip(found, answers, strict=True)
     if not prompt.response.strip() and not answer.strip()
   ]
   if lacking:
     raise ValueError(
-      f"{next(iter(config['models']))}, the first model, answers nothing to "
-      f"{', '.join(lacking[:10])}, and there is no response to read instead. "
+      f"{reference} answers nothing to {', '.join(lacking[:10])}, and there is "
+      "no response to read instead. "
       "Give these prompts a response."
     )
   return [
     prompt.response or answer
-    for prompt, answer in zip(found, first, strict=True)
+    for prompt, answer in zip(found, answers, strict=True)
   ]
 
 
@@ -416,7 +422,8 @@ def _control(config, name: str) -> str:
     return spec["path"], spec["chat"], tuple(spec["dictionaries"])
 
   specs = config["models"]
-  first = next(n for n in specs if key(specs[n]) == key(specs[name]))
+  names = [config["reference"], *sorted(specs)]
+  first = next(n for n in names if key(specs[n]) == key(specs[name]))
   return f"{first}_floor"
 
 
@@ -427,13 +434,14 @@ def _with_redrawn(config, pair) -> list[tuple[str, str]]:
 
 def _pairs(config) -> list[tuple[str, str]]:
   names, asked = list(config["models"]), config["pairs"]
-  if asked == "first":
-    return [(names[0], name) for name in names[1:]]
+  if asked == "reference":
+    own = config["reference"]
+    return [(own, name) for name in names if name != own]
   if asked == "all":
     return list(itertools.combinations(names, 2))
   if isinstance(asked, str) or not asked:
     raise ValueError(
-      f"pairs must be 'first', 'all' or pairs of names, got {asked!r}"
+      f"pairs must be 'reference', 'all' or pairs of names, got {asked!r}"
     )
   for pair in asked:
     wrong = isinstance(pair, str) or len(pair) != 2 or pair[0] == pair[1]

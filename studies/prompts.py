@@ -24,7 +24,7 @@ class Prompt:
     capability: what it asks of a model.
     prompt: text.
     response: a text that all models read after the prompt; "" where what the
-      first model answers takes its place.
+      study's reference answers takes its place.
   """
 
   id: str

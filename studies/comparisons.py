@@ -107,6 +107,7 @@ def compare(
   other: np.ndarray | None,
   neighbours: int,
   maps: Mapping[str, similarity.LayerCalibration] | None = None,
+  exchange: Callable[[Callable], tuple[float, float]] | None = None,
 ) -> dict[str, Scores]:
   """The wanted measures, of all prompts.
 
@@ -118,6 +119,8 @@ def compare(
     neighbours: k of mutual_knn.
     maps: of `layer_maps`, from which the chance of measures between prompts
       is taken; None for none.
+    exchange: of `exchange`, which takes the chance of the others; None for
+      none.
   """
   out = {}
   if tokens := [name for name in wanted if name in guard.TOKENS]:
@@ -143,12 +146,41 @@ def compare(
         _over_depth(overlaps, x, y), chance=_chance(maps, name, x, y)
       )
     elif name in JOINT:
-      units = np.arange(len(a.answers))
       x, y = a.reading["pooled"], b.reading["pooled"]
-      out[name] = Scores(
-        joint(a, b, name, units), chance=_chance(maps, name, x, y)
-      )
+      chance = _chance(maps, name, x, y)
+      if chance is None and exchange:
+        chance = exchange(_of_order(a, b, name))
+      units = np.arange(len(a.answers))
+      out[name] = Scores(joint(a, b, name, units), chance=chance)
   return out
+
+
+def exchange(
+  of_order: Callable[[np.ndarray], float],
+  *,
+  blocks: Sequence[str],
+  draws: int,
+  seed: int,
+) -> tuple[float, float]:
+  """Mean and p of a number after prompts of a capability changed places.
+
+  Args:
+    of_order: order [N] of one model's prompts -> the number, more is nearer.
+    blocks: capability of each prompt.
+    draws: permutations.
+    seed: of them.
+  """
+  rng = np.random.default_rng(seed)
+  blocks = np.asarray(blocks)
+  groups = [np.flatnonzero(blocks == name) for name in np.unique(blocks)]
+  value = of_order(np.arange(len(blocks)))
+  null = np.empty(draws)
+  for i in range(draws):
+    order = np.empty(len(blocks), int)
+    for group in groups:
+      order[group] = rng.permutation(group)
+    null[i] = of_order(order)
+  return _mean_and_p(value, null)
 
 
 def depth_pairs(count_a: int, count_b: int) -> list[tuple[int, int]]:
@@ -408,6 +440,25 @@ def _chance(maps, name: str, x: np.ndarray, y: np.ndarray):
   if not maps or name not in maps:
     return None
   i, j = np.array(depth_pairs(len(x), len(y))).T
-  null = maps[name].null[:, i, j].mean(1)
-  higher = np.sum(null >= maps[name].scores[i, j].mean() - 1e-12)
+  found = maps[name]
+  return _mean_and_p(found.scores[i, j].mean(), found.null[:, i, j].mean(1))
+
+
+def _mean_and_p(value: float, null: np.ndarray) -> tuple[float, float]:
+  higher = np.sum(null >= value - 1e-12)
   return float(null.mean()), float((1 + higher) / (1 + len(null)))
+
+
+def _of_order(a: Side, b: Side, name: str) -> Callable[[np.ndarray], float]:
+  """A number of `JOINT` after b's prompts were put in another order."""
+  if name == "code_cka":
+    pairs = zip(pooled_codes(a), pooled_codes(b), strict=True)
+    measure = similarity.kernel_cka
+    rows = [(_gram(x), _gram(y)) for x, y in pairs]
+    permute = similarity.permute_kernel
+  else:
+    x, y = a.reading["pooled"], b.reading["pooled"]
+    measure = similarity.rsa if name == "rsa" else similarity.linear_cka
+    rows = [(x[i], y[j]) for i, j in depth_pairs(len(x), len(y))]
+    permute = similarity.permute_rows
+  return lambda order: np.mean([measure(x, permute(y, order)) for x, y in rows])

@@ -7,6 +7,7 @@ the model itself.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -285,6 +286,12 @@ def _compare(config, models, sides: _Sides, found, other, pair):
     alpha=own["alpha"],
     blocks=blocks,
   )
+  exchange = functools.partial(
+    comparisons.exchange,
+    blocks=blocks,
+    draws=own["draws"],
+    seed=config["seed"],
+  )
   real, *floors = (
     comparisons.compare(
       *case,
@@ -292,6 +299,7 @@ def _compare(config, models, sides: _Sides, found, other, pair):
       neighbours=own["neighbours"],
       other=None if i else other,
       maps=None if i else maps,
+      exchange=None if i else exchange,
     )
     for i, case in enumerate(cases)
   )

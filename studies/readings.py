@@ -252,9 +252,15 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     ValueError: a damaged file; says to delete it.
   """
   try:
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
       found = {name: file[name] for name in file.files}
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+  except (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    zipfile.BadZipFile,
+  ) as e:
     raise ValueError(
       f"{path} is damaged ({e}). Delete it and run the same command again."
     ) from e

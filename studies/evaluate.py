@@ -225,7 +225,6 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
 
 def _splice(config, model, d, moments, windows) -> dict[str, Any]:
   """What the model loses with the dictionary or an ablation in the place."""
-  count, batch_size = stores.splice_sample(windows, config["eval"], model.mesh)
 
   def spliced(i, params, x, y):
     rows = x.reshape(-1, x.shape[-1])
@@ -238,18 +237,16 @@ def _splice(config, model, d, moments, windows) -> dict[str, Any]:
     name: Partial(functools.partial(spliced, i), d.params)
     for i, name in enumerate(names)
   }
-  summary = metrics.splice_losses(
+  summary = stores.splice(
     model,
-    windows.tokens[:count],
-    windows.mask[:count],
+    windows,
+    config["eval"],
     {
       **own,
       **metrics.ablations(moments.mean_y),
     },
     read=d.config.read,
     write=d.config.write,
-    batch_size=batch_size,
-    document=windows.document[:count],
   ).summary()
   full = summary["spliced"]
   return {

@@ -128,11 +128,10 @@ def splice(
     mean: of the site over training tokens, [D].
     windows: held-out tokens.
   """
-  count, batch_size = stores.splice_sample(windows, config, model.mesh)
-  return metrics.splice_losses(
+  return stores.splice(
     model,
-    windows.tokens[:count],
-    windows.mask[:count],
+    windows,
+    config,
     {
       **{
         code.name: metrics.ByToken(
@@ -144,8 +143,6 @@ def splice(
     },
     read=site,
     write=site,
-    batch_size=batch_size,
-    document=windows.document[:count],
   )
 
 

@@ -318,21 +318,18 @@ def _again(config, rows, k) -> dict[str, Any]:
 
 def _splice(config, model, site, trained, mean, windows):
   """What the model loses with each member in the site's place."""
-  count, batch_size = stores.splice_sample(windows, config["eval"], model.mesh)
 
   def spliced(quantiser, x, y):
     return quantiser.reconstruct(x).astype(y.dtype)
 
-  return metrics.splice_losses(
+  return stores.splice(
     model,
-    windows.tokens[:count],
-    windows.mask[:count],
+    windows,
+    config["eval"],
     {
       **{name: Partial(spliced, q) for name, q in trained.items()},
       **metrics.ablations(mean),
     },
     read=site,
     write=site,
-    batch_size=batch_size,
-    document=windows.document[:count],
   ).summary()

@@ -272,7 +272,6 @@ def _last(rows, name: str, member: int) -> float:
 
 def _splice(p: Plan, model, trained, ridge, windows) -> list[dict[str, Any]]:
   """What the model loses with each dictionary in the site's place."""
-  count, batch_size = stores.splice_sample(windows, p.config["eval"], p.mesh)
 
   def spliced(cfg, params, x, y):
     out = dictionaries.Dictionary(cfg, params).reconstruct(x)
@@ -281,10 +280,10 @@ def _splice(p: Plan, model, trained, ridge, windows) -> list[dict[str, Any]]:
   def affine(matrix, bias, x, y):
     return (x.astype(jnp.float32) @ matrix + bias).astype(y.dtype)
 
-  loss = metrics.spliced_cross_entropy(
+  loss = stores.splice(
     model,
-    windows.tokens[:count],
-    windows.mask[:count],
+    windows,
+    p.config["eval"],
     {
       **{
         f"spliced{i}": Partial(functools.partial(spliced, d.config), d.params)
@@ -295,8 +294,7 @@ def _splice(p: Plan, model, trained, ridge, windows) -> list[dict[str, Any]]:
     },
     read=p.dictionary.read,
     write=p.dictionary.write,
-    batch_size=batch_size,
-  )
+  ).means()
   ce = {name: value["ce"] for name, value in loss.items()}
   recovered = metrics.ce_recovered
   shared = {

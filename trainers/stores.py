@@ -1,14 +1,14 @@
 """From text to stores of activations, as every job needs them."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma_jax import activations, data, models
+from gemma_jax import activations, data, metrics, models
 
 
 def windows(
@@ -68,20 +68,38 @@ def default_dtype(asked: str | None) -> str:
   return asked or default
 
 
-def splice_sample(
-  windows: data.Windows, config: Mapping[str, Any], mesh: Mesh
-) -> tuple[int, int]:
-  """How many windows hold `splice_tokens`, and a batch that the mesh divides.
+def splice(
+  model: models.Model,
+  windows: data.Windows,
+  config: Mapping[str, Any],
+  replacements: Mapping[str, Callable],
+  *,
+  read: str,
+  write: str,
+) -> metrics.SpliceLosses:
+  """`metrics.splice_losses` over as many windows as hold `splice_tokens`.
 
   Args:
+    model: with all its layers.
     windows: held-out.
     config: `eval` of a job's config.
-    mesh: of the model.
+    replacements: see there.
+    read: see there.
+    write: see there.
   """
   enough = np.cumsum(windows.mask.sum(1)) >= config["splice_tokens"]
   count = int(np.argmax(enough)) + 1 if enough.any() else len(enough)
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  return count, -(-config["splice_batch_size"] // ways) * ways
+  ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+  return metrics.splice_losses(
+    model,
+    windows.tokens[:count],
+    windows.mask[:count],
+    replacements,
+    read=read,
+    write=write,
+    batch_size=-(-config["splice_batch_size"] // ways) * ways,
+    document=windows.document[:count],
+  )
 
 
 def harvest(

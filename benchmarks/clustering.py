@@ -213,9 +213,9 @@ def blocks(args, x, clusters) -> dict:
   """Our pass with other rows in a block and other centroids in a chunk."""
   first = first_centroids(x, clusters)
   mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-  own = lloyd.block_size(clusters, mesh), min(lloyd.chunk_size(), clusters)
+  own = lloyd.block_size(mesh), min(lloyd.chunk_size(clusters), clusters)
   sizes = [int(own[0] * times) for times in BLOCKS]
-  chunks = {min(int(lloyd.chunk_size() * t), clusters) for t in CHUNKS}
+  chunks = {min(int(lloyd.chunk_size(clusters) * t), clusters) for t in CHUNKS}
   seconds = {pair: [] for pair in itertools.product(sizes, sorted(chunks))}
   for _ in range(args.rounds):
     for (size, chunk), found in seconds.items():

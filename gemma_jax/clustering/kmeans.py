@@ -86,7 +86,7 @@ class Lloyd:
     self._rounding = ROUNDING * len(mean) * variance
     self._blocks = Blocks(
       self._rows,
-      lloyd.block_size(k, mesh),
+      lloyd.block_size(mesh),
       centre=self._centre,
       unit=spherical,
       mesh=mesh,

@@ -46,16 +46,19 @@ class Iteration(NamedTuple):
   counts: np.ndarray
 
 
-def chunk_size() -> int:
-  """Centroids whose scores exist at once: few enough for a CPU's caches."""
-  return 2**9 if jax.default_backend() == "cpu" else 2**12
+def chunk_size(clusters: int) -> int:
+  """Centroids whose scores exist at once: few enough for a CPU's caches.
 
-
-def block_size(clusters: int, mesh: Mesh) -> int:
-  """Rows of a block: benchmarks/clustering.py --blocks."""
+  As `block_size`, by benchmarks/clustering.py --blocks.
+  """
   if jax.default_backend() != "cpu":
-    return 2**15 * mesh.size
-  return (2**12 if clusters <= chunk_size() else 2**10) * mesh.size
+    return 2**12
+  return 2**7 if clusters <= 2**9 else 2**9
+
+
+def block_size(mesh: Mesh) -> int:
+  """Rows of a block."""
+  return (2**10 if jax.default_backend() == "cpu" else 2**15) * mesh.size
 
 
 def scores(x: jax.Array, centroids: jax.Array) -> jax.Array:
@@ -98,8 +101,9 @@ def nearest(x: jax.Array, centroids: jax.Array) -> jax.Array:
     int32 [B].
   """
   best = label = None
-  for start in range(0, len(centroids), chunk_size()):
-    s = scores(x, centroids[start : start + chunk_size()])
+  chunk = chunk_size(len(centroids))
+  for start in range(0, len(centroids), chunk):
+    s = scores(x, centroids[start : start + chunk])
     largest = jnp.max(s, axis=1)
     own = start + first_at_least(s, largest)
     if best is None:

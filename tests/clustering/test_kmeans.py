@@ -146,7 +146,7 @@ def test_rows_that_are_read_again_in_every_pass_give_the_same(monkeypatch):
 def test_rows_are_compared_with_some_centroids_at_a_time(monkeypatch):
   x, centroids = cloud(100), cloud(90, seed=1)
   whole = nearest(x, centroids)
-  monkeypatch.setattr("gemma_jax.clustering.lloyd.chunk_size", lambda: 7)
+  monkeypatch.setattr("gemma_jax.clustering.lloyd.chunk_size", lambda _: 7)
   np.testing.assert_array_equal(nearest(x, centroids), whole)
 
 

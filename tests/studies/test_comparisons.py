@@ -184,6 +184,24 @@ def test_maps_and_the_chance_of_layers_of_equal_depth(pair):
   assert comparisons._chance(None, "linear_cka", x, x) is None
 
 
+def test_exchange_moves_prompts_within_their_capability_only():
+  blocks = ["a", "b", "a", "b", "a", "b"]
+  seen = []
+
+  def of_order(order):
+    seen.append(order.copy())
+    return float((order == np.arange(6)).mean())
+
+  mean, p = comparisons.exchange(of_order, blocks=blocks, draws=200, seed=0)
+  assert seen[0].tolist() == list(range(6))
+  for order in seen:
+    assert sorted(order[::2]) == [0, 2, 4]
+    assert sorted(order[1::2]) == [1, 3, 5]
+  # Of 3! x 3! orders one is the observed; a third of places stays in the mean.
+  assert p == pytest.approx(1 / 36, abs=0.04)
+  assert mean == pytest.approx(1 / 3, abs=0.05)
+
+
 def test_the_measure_that_decides_is_the_first_that_is_defined():
   wanted = ("cross_likelihood", "linear_cka", "code_cka")
   assert comparisons.primary(wanted) == set(wanted)

@@ -86,6 +86,10 @@ def get_config(arg: str = "") -> ConfigDict:
   c.answers.max_new_tokens = 64
   c.answers.batch_size = 16
 
+  c.reading = ConfigDict()
+  c.reading.batch_size = 8
+  c.reading.tokens = 0
+
   c.compare = ConfigDict()
   c.compare.measures = MEASURES
   c.compare.alpha = 0.05
@@ -126,13 +130,14 @@ def _quick(c: ConfigDict) -> None:
   c.models.gemma = changed()
   for percent in (3, 10, 30):
     c.models[f"noise_{percent}"] = changed(noise=percent / 100)
-  for bits in (6, 4, 3):
+  for bits in (4, 3):
     c.models[f"bits_{bits}"] = changed(bits=bits)
   c.models.redrawn = changed(redraw=1)
   c.models.smollm2 = model(smollm.model.name, dictionaries=("@smollm",))
   c.prompts.per_capability = 8
-  c.answers.batch_size = 20
-  c.answers.max_new_tokens = 24
+  c.answers.batch_size = 40
+  c.reading.tokens = 8
+  c.answers.max_new_tokens = 16
   c.compare.neighbours = 5
 
 

@@ -5,12 +5,12 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from gemma_jax import models, statistics
+from gemma_jax import statistics
 from gemma_jax.metrics import similarity
 from gemma_jax.metrics.similarity import guard
+from studies import next_tokens
 
 LEVELS = {
   "behaviour": (*guard.TOKENS, *guard.TEXTS),
@@ -26,7 +26,6 @@ PRIMARY = {
 # Numbers of all prompts together, which a part of them has by itself.
 JOINT = ("linear_cka", "rsa", "code_cka")
 DISTANCES = ("kl", "jsd", "hellinger", "cross_likelihood")
-ROWS = 128  # tokens of which two models' logits exist at once
 LEAST = 6  # prompts with which a measure between prompts is taken
 
 DEFINITIONS = {
@@ -106,6 +105,7 @@ def compare(
   *,
   other: np.ndarray | None,
   neighbours: int,
+  tokens: int = 0,
   maps: Mapping[str, similarity.LayerCalibration] | None = None,
   exchange: Callable[[Callable], tuple[float, float]] | None = None,
 ) -> dict[str, Scores]:
@@ -117,16 +117,19 @@ def compare(
     wanted: of `DEFINITIONS`.
     other: of `prompts.others`, for the null; None for none.
     neighbours: k of mutual_knn.
+    tokens: of each text, of which distributions are compared; 0: all.
     maps: of `layer_maps`, from which the chance of measures between prompts
       is taken; None for none.
     exchange: of `exchange`, which takes the chance of the others; None for
       none.
   """
   out = {}
-  if tokens := [name for name in wanted if name in guard.TOKENS]:
-    own = distributions(a, b, tokens)
-    null = distributions(a, b, tokens, other) if other is not None else {}
-    out |= {name: Scores(own[name], null.get(name)) for name in tokens}
+  if names := [name for name in wanted if name in guard.TOKENS]:
+    own = next_tokens.distributions(a, b, names, tokens=tokens)
+    null = {}
+    if other is not None:
+      null = next_tokens.distributions(a, b, names, tokens=tokens, other=other)
+    out |= {name: Scores(own[name], null.get(name)) for name in names}
   for name in wanted:
     if name == "cross_likelihood":
       out[name] = _cross_likelihood(a, b, other is not None)
@@ -272,62 +275,6 @@ def layer_maps(
   }
 
 
-def distributions(
-  a: Side, b: Side, names: Sequence[str], other: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
-  """Measures of next-token distributions, means over each text's tokens, [N].
-
-  Args:
-    a: one model, with its head.
-    b: the other, of the same vocabulary.
-    names: of `guard.TOKENS`.
-    other: for each prompt, the one of which b's distributions are taken.
-  """
-  count = a.reading["count"]
-  first, second = np.arange(count.sum()), np.arange(count.sum())
-  if other is not None:
-    starts = np.cumsum(count) - count
-    second = np.concatenate(
-      [starts[j] + np.arange(count[i]) % count[j] for i, j in enumerate(other)]
-    )
-  spare = -len(first) % ROWS
-  first, second = np.pad(first, (0, spare)), np.pad(second, (0, spare))
-  parts = []
-  for start in range(0, len(first), ROWS):
-    part = slice(start, start + ROWS)
-    parts.append(
-      jax.device_get(
-        _distances(
-          tuple(names),
-          (a.subject.config, b.subject.config),
-          (a.head, b.head),
-          a.reading["last"][first[part]],
-          b.reading["last"][second[part]],
-        )
-      )
-    )
-  whole = {n: np.concatenate([part[n] for part in parts]) for n in names}
-  text = np.repeat(np.arange(len(count)), count)
-  return {
-    n: np.bincount(text, x[: count.sum()].astype(np.float64)) / count
-    for n, x in whole.items()
-  }
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _distances(names, configs, heads, x, y):
-  logits = [
-    models.unembed(cfg, head, rows.astype(head["embed"].dtype))
-    for cfg, head, rows in zip(configs, heads, (x, y), strict=True)
-  ]
-  # Rows of the embedding beyond the tokenizer's are padding.
-  size = min(z.shape[-1] for z in logits)
-  return {
-    name: getattr(similarity, name)(*(z[:, :size] for z in logits))
-    for name in names
-  }
-
-
 def pooled_codes(side: Side) -> list[np.ndarray]:
   """Means of each dictionary's codes over the texts' tokens, [N, M] each."""
   count = side.reading["count"]
@@ -380,14 +327,8 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 def _latents(a: Side, b: Side, name: str, other) -> Scores:
   kind = name.removeprefix("code_")
-  count = a.reading["count"]
-  text = np.repeat(np.arange(len(count)), count)
-  order = None
-  if other is not None:
-    starts = np.cumsum(count) - count
-    order = np.concatenate(
-      [starts[j] + np.arange(count[i]) % count[j] for i, j in enumerate(other)]
-    )
+  text, _, order = next_tokens.token_rows(a.reading["count"], other)
+  count = np.bincount(text)
 
   def by_prompt(x, y):
     found = similarity.token_overlaps(x, y, kind=kind)
@@ -399,7 +340,7 @@ def _latents(a: Side, b: Side, name: str, other) -> Scores:
 
   pairs = list(zip(a.reading["codes"], b.reading["codes"], strict=True))
   null = None
-  if order is not None:
+  if other is not None:
     null = np.mean([by_prompt(x, y[order]) for x, y in pairs], axis=0)
   return Scores(np.mean([by_prompt(x, y) for x, y in pairs], axis=0), null)
 

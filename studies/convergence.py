@@ -7,7 +7,6 @@ the model itself.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import logging
@@ -19,10 +18,16 @@ import jax
 import numpy as np
 
 from gemma_jax import statistics
-from gemma_jax.metrics.similarity import guard
 from gemma_jax.report import convergence as report
-from studies import comparisons, jobs, prompts, readings, subjects, verdicts
-from studies.comparisons import Side
+from studies import (
+  comparisons,
+  jobs,
+  pairing,
+  prompts,
+  readings,
+  subjects,
+  verdicts,
+)
 from studies.prompts import Prompt
 from studies.subjects import Subject
 from trainers import dictionary, fields
@@ -45,6 +50,10 @@ FIELDS = {
     "template": str,  # with {prompt}, for models without chat
   },
   "answers": {"max_new_tokens": int, "batch_size": int},
+  "reading": {
+    "batch_size": int,
+    "tokens": int,  # of each text, whose distributions are compared; 0: all
+  },
   "compare": {
     "measures": (list, tuple),  # of `comparisons.DEFINITIONS`
     "alpha": float,
@@ -55,7 +64,6 @@ FIELDS = {
   },
 }
 CONTROL_SEED = 90_001  # of the redrawn weights that are the floor
-ALL = "all"  # the capability of rows over all prompts
 
 
 def plan(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,8 +80,8 @@ def plan(config: Mapping[str, Any]) -> dict[str, Any]:
       {
         "a": a,
         "b": b,
-        "measures": _wanted(config, models[a], models[b]),
-        "refused": _refused(config, models[a], models[b]),
+        "measures": pairing.wanted_measures(config, models[a], models[b]),
+        "refused": pairing.refused_measures(config, models[a], models[b]),
       }
       for a, b in pairs
     ],
@@ -99,6 +107,11 @@ def prepare(config: Mapping[str, Any]) -> tuple[list[Prompt], list[tuple]]:
       f"{list(specs)} and {config['reference']!r}"
     )
   for name, spec in specs.items():
+    if name.endswith(subjects.FLOOR):
+      raise ValueError(
+        f"models.{name}: names that end in {subjects.FLOOR} are those of "
+        "redrawn models; choose another."
+      )
     fields.check({name: spec}, {name: subjects.FIELDS})
     for path in spec["dictionaries"]:
       if path.startswith("@") and path[1:] not in config["dictionaries"]:
@@ -124,7 +137,7 @@ def prepare(config: Mapping[str, Any]) -> tuple[list[Prompt], list[tuple]]:
       f"prompts.template must hold {{prompt}}, got "
       f"{config['prompts']['template']!r}"
     )
-  pairs = _pairs(config)
+  pairs = pairing.of_config(config)
   for a, b in pairs:
     counts = [len(specs[name]["dictionaries"]) for name in (a, b)]
     if 0 not in counts and counts[0] != counts[1]:
@@ -184,7 +197,9 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   for one in models.values():
     one.load_dictionaries()
   compared = [
-    case for pair in pairs for case in (pair, *_with_redrawn(config, pair))
+    case
+    for pair in pairs
+    for case in (pair, *pairing.with_redrawn(config, pair))
   ]
   # -------------------------------------------------------------- one by one
   folder = workdir / "models"
@@ -205,11 +220,11 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
       )
   # ---------------------------------------------------------------- in pairs
   rows, maps = [], []
-  sides = _Sides(config, models, folder, answered)
+  sides = pairing.Sides(config, models, folder, answered)
   with jax.default_matmul_precision("highest"):
     for pair in pairs:
       log.info("comparing %s and %s", *pair)
-      some, own = _compare(config, models, sides, found, other, pair)
+      some, own = pairing.compare(config, models, sides, found, other, pair)
       rows += some
       maps += own
   verdicts.decide(rows, config["compare"]["alpha"])
@@ -222,7 +237,9 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     "refused": [
       {"a": a, "b": b, "measure": measure, "reason": reason}
       for a, b in pairs
-      for measure, reason in _refused(config, models[a], models[b]).items()
+      for measure, reason in pairing.refused_measures(
+        config, models[a], models[b]
+      ).items()
     ],
     "margin": config["compare"]["margin"],
     "alpha": config["compare"]["alpha"],
@@ -234,129 +251,6 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   report.write(workdir, results=results, config=config)
   fields.write_json(workdir / "results.json", results)
   return results
-
-
-class _Sides:
-  """What models gave, with the heads of the last few that were asked for."""
-
-  MOST = 4  # a pair, and both with redrawn weights
-
-  def __init__(self, config, models, folder, answered):
-    self._given = config, models, folder, answered
-    self._kept: dict[str, Side] = {}
-
-  def __call__(self, name: str, *, head: bool) -> Side:
-    config, models, folder, answered = self._given
-    side = self._kept.pop(name, None)
-    if side is None:
-      found = readings.load(folder / name / "reading.npz")
-      bits, others = (
-        {
-          key.removeprefix(start): x
-          for key, x in found.items()
-          if key.startswith(start)
-        }
-        for start in ("bits.", "bits_other.")
-      )
-      side = Side(models[name], None, found, answered[name], bits, others)
-    if head and side.head is None:
-      side = dataclasses.replace(side, head=models[name].load_head(config))
-    while len(self._kept) >= self.MOST:
-      del self._kept[next(iter(self._kept))]
-    self._kept[name] = side
-    return side
-
-
-def _compare(config, models, sides: _Sides, found, other, pair):
-  """Rows and maps of one pair."""
-  own = config["compare"]
-  a, b = pair
-  wanted = _wanted(config, models[a], models[b])
-  head = any(measure in guard.TOKENS for measure in wanted)
-  blocks = np.array([prompt.capability for prompt in found])
-  # Both models, and each with what is left of the other.
-  cases = [
-    (sides(x, head=head), sides(y, head=head))
-    for x, y in (pair, *_with_redrawn(config, pair))
-  ]
-  maps = comparisons.layer_maps(
-    *(side.reading["pooled"] for side in cases[0]),
-    neighbours=own["neighbours"],
-    draws=own["draws"],
-    alpha=own["alpha"],
-    blocks=blocks,
-  )
-  exchange = functools.partial(
-    comparisons.exchange,
-    blocks=blocks,
-    draws=own["draws"],
-    seed=config["seed"],
-  )
-  real, *floors = (
-    comparisons.compare(
-      *case,
-      wanted,
-      neighbours=own["neighbours"],
-      other=None if i else other,
-      maps=None if i else maps,
-      exchange=None if i else exchange,
-    )
-    for i, case in enumerate(cases)
-  )
-  rows = []
-  for measure in wanted:
-    identity = 0.0 if measure in comparisons.DISTANCES else 1.0
-    near = 1 + min(
-      range(len(floors)),
-      key=lambda i, m=measure: abs(identity - floors[i][m].values.mean()),
-    )
-    for capability in (ALL, *dict.fromkeys(blocks.tolist())):
-      units = np.flatnonzero((blocks == capability) | (capability == ALL))
-      if len(units) < comparisons.LEAST:
-        continue
-      one, floor = real[measure], floors[near - 1][measure]
-      values, floor = one.values[units], floor.values[units]
-      if measure in comparisons.JOINT and capability != ALL:
-        values, floor = (
-          comparisons.joint(*cases[i], measure, units) for i in (0, near)
-        )
-      rows.append(
-        {
-          "a": a,
-          "b": b,
-          "level": comparisons.level(measure),
-          "measure": measure,
-          "capability": capability,
-          "primary": measure in comparisons.primary(wanted),
-          **verdicts.row(
-            values,
-            identity=identity,
-            floor=floor,
-            null=None if one.null is None else one.null[units],
-            chance=one.chance if capability == ALL else None,
-            margin=own["margin"],
-            resamples=own["resamples"],
-            seed=config["seed"],
-          ),
-        }
-      )
-  return rows, [_map(a, b, name, one) for name, one in maps.items()]
-
-
-def _map(a: str, b: str, measure: str, found) -> dict[str, Any]:
-  return {
-    "a": a,
-    "b": b,
-    "measure": measure,
-    "layers_a": list(range(found.scores.shape[0])),
-    "layers_b": list(range(found.scores.shape[1])),
-    "scores": found.scores.tolist(),
-    "calibrated": found.calibrated.tolist(),
-    "p": found.p.tolist(),
-    "threshold": found.threshold,
-    "best": list(found.best),
-    "null_best": found.null.max(axis=(1, 2)).tolist(),
-  }
 
 
 def _read(one: Subject, found, texts, answered, other, compared, pairs, config):
@@ -413,7 +307,7 @@ def _subjects(config, trained: Mapping[str, str]) -> dict[str, Subject]:
   """All models and those with redrawn weights, by name."""
   specs = dict(config["models"])
   for name, spec in config["models"].items():
-    control = _control(config, name)
+    control = pairing.control(config, name)
     specs.setdefault(
       control,
       {**spec, "noise": 0.0, "bits": None, "redraw": CONTROL_SEED},
@@ -423,61 +317,13 @@ def _subjects(config, trained: Mapping[str, str]) -> dict[str, Subject]:
   }
 
 
-def _control(config, name: str) -> str:
-  """The model of redrawn weights for a model: one for all of a checkpoint."""
-
-  def key(spec):
-    return spec["path"], spec["chat"], tuple(spec["dictionaries"])
-
-  specs = config["models"]
-  names = [config["reference"], *sorted(specs)]
-  first = next(n for n in names if key(specs[n]) == key(specs[name]))
-  return f"{first}_floor"
-
-
-def _with_redrawn(config, pair) -> list[tuple[str, str]]:
-  a, b = pair
-  return [(a, _control(config, b)), (_control(config, a), b)]
-
-
-def _pairs(config) -> list[tuple[str, str]]:
-  names, asked = list(config["models"]), config["pairs"]
-  if asked == "reference":
-    own = config["reference"]
-    return [(own, name) for name in names if name != own]
-  if asked == "all":
-    return list(itertools.combinations(names, 2))
-  if isinstance(asked, str) or not asked:
-    raise ValueError(
-      f"pairs must be 'reference', 'all' or pairs of names, got {asked!r}"
-    )
-  for pair in asked:
-    wrong = isinstance(pair, str) or len(pair) != 2 or pair[0] == pair[1]
-    if wrong or set(pair) - set(names):
-      raise ValueError(
-        f"pairs: expected two different names of {names}, got {pair!r}"
-      )
-  return [tuple(pair) for pair in asked]
-
-
-def _wanted(config, a: Subject, b: Subject) -> list[str]:
-  defined = guard.defined(a.guarded, b.guarded)
-  return [m for m in config["compare"]["measures"] if m in defined]
-
-
-def _refused(config, a: Subject, b: Subject) -> dict[str, str]:
-  return {
-    measure: reason
-    for measure, reason in guard.refusals(a.guarded, b.guarded).items()
-    if measure in config["compare"]["measures"]
-  }
-
-
 def _check(config, models: Mapping[str, Subject], pairs, found) -> None:
   """Raises a ValueError for what would fail after models were loaded."""
   for a, b in pairs:
-    if not _wanted(config, models[a], models[b]):
-      reasons = "; ".join(_refused(config, models[a], models[b]).values())
+    if not pairing.wanted_measures(config, models[a], models[b]):
+      reasons = "; ".join(
+        pairing.refused_measures(config, models[a], models[b]).values()
+      )
       raise ValueError(f"No measure is defined for {a} and {b}: {reasons}")
   for name in config["models"]:
     subjects.check_lengths(

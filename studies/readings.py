@@ -24,7 +24,7 @@ from studies.prompts import Prompt
 from studies.subjects import Subject
 from trainers import fields
 
-ROUND = 32  # lengths of batches are multiples: fewer programs to compile
+ROUND = 16  # lengths of batches are multiples: fewer programs to compile
 LOGIT_ROWS = 256  # tokens whose logits exist at once
 
 
@@ -52,7 +52,8 @@ def answers(
   with progress.bar(
     len(given) * new, f"{subject.name} answers", unit="tokens"
   ) as bar:
-    for some, tokens, mask in _batches(given, subject, config):
+    size = config["answers"]["batch_size"]
+    for some, tokens, mask in _batches(given, subject, size):
       made = model.generate(tokens, mask=mask, max_new_tokens=new)
       for i, row in zip(some, made[:, tokens.shape[1] :], strict=False):
         stop = next((j for j, t in enumerate(row) if int(t) in ends), new)
@@ -109,7 +110,8 @@ def read(
   with progress.bar(
     sum(map(len, given)), f"{subject.name} reads {what}", unit="tokens"
   ) as bar:
-    for some, tokens, mask in _batches(given, subject, config):
+    size = config["reading"]["batch_size"]
+    for some, tokens, mask in _batches(given, subject, size):
       counts = [len(targets[i]) for i in some]
       counts += [1] * (len(tokens) - len(some))
       # Which positions hold the text: the last `count` that are not padding.
@@ -211,12 +213,11 @@ def _codes(dictionary, x: np.ndarray) -> sparse.csr_array:
   return sparse.csr_array(sparse.vstack(parts))
 
 
-def _batches(given, subject: Subject, config):
+def _batches(given, subject: Subject, size: int):
   """(numbers, tokens [B, T], mask [B, T]) of sequences of like length.
 
   The last batch is filled up with its first sequence.
   """
-  size = config["answers"]["batch_size"]
   order = np.argsort([len(ids) for ids in given], kind="stable")
   for start in range(0, len(order), size):
     some = order[start : start + size].tolist()

@@ -14,6 +14,8 @@ from gemma_jax.metrics.similarity import guard
 from gemma_jax.models import perturb, sites
 from studies.prompts import Prompt
 
+FLOOR = "_floor"  # behind the name of a model: with redrawn weights
+
 FIELDS = {
   "path": str,  # as for `gemma_jax.load_model`
   # Models of one origin were trained on from the same weights; None: path.

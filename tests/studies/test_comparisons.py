@@ -9,7 +9,7 @@ from scipy import sparse
 
 from gemma_jax import models
 from gemma_jax.metrics import similarity
-from studies import comparisons
+from studies import comparisons, next_tokens
 from studies.comparisons import Side
 
 COUNT = np.array([3, 5, 2, 4, 6, 3, 4, 5])
@@ -74,6 +74,24 @@ def test_distributions_are_means_over_tokens_of_the_plain_measures(pair):
   ]
   plain = np.asarray(similarity.jsd(logits[0], logits[1][np.array(order)]))
   np.testing.assert_allclose(found["jsd"].null, text_means(plain), rtol=1e-5)
+
+
+def test_few_tokens_are_spread_over_each_text():
+  text, first, second = next_tokens.token_rows(np.array([5, 1, 9]), None, 3)
+  assert text.tolist() == [0, 0, 0, 1, 2, 2, 2]
+  assert first.tolist() == [0, 2, 4, 5, 6, 10, 14]
+  assert second.tolist() == first.tolist()
+  other = np.array([1, 2, 0])
+  _, _, second = next_tokens.token_rows(np.array([5, 1, 9]), other, 3)
+  assert second.tolist() == [5, 5, 5, 6, 0, 4, 3]
+
+
+def test_means_over_few_tokens(pair):
+  found = next_tokens.distributions(*pair, ("jsd",), tokens=2)["jsd"]
+  every = next_tokens.distributions(*pair, ("jsd",))["jsd"]
+  assert not np.allclose(found, every)
+  two = COUNT == 2
+  np.testing.assert_allclose(found[two], every[two], rtol=1e-5)
 
 
 def test_a_longer_embedding_adds_no_tokens(pair):

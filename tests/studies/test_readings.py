@@ -21,6 +21,7 @@ TEXTS = ["yes", "no, it is not", "perhaps", "of course", "never"]
 def config():
   c = json.loads(config_file.get_config("smoke").to_json_best_effort())
   c["answers"]["batch_size"] = 2  # the last batch is not full
+  c["reading"]["batch_size"] = 2
   return c
 
 

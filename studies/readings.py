@@ -24,7 +24,7 @@ from studies.prompts import Prompt
 from studies.subjects import Subject
 from trainers import fields
 
-ROUND = 16  # lengths of batches are multiples: fewer programs to compile
+ROUND = 32  # lengths of batches are multiples: fewer programs to compile
 LOGIT_ROWS = 256  # tokens whose logits exist at once
 
 

@@ -47,11 +47,11 @@ def get_config(arg: str = "") -> ConfigDict:
     method="spherical", counts=(256, 2_048), max_iter=15
   )
   c.clusterings.residual = clusters(
-    method="residual", counts=(256,), stages=64, init="random", max_iter=4
+    method="residual", counts=(256,), stages=64, init="random", max_iter=8
   )
   for parts in (4, 16, 64):
     c.clusterings[f"product{parts}"] = clusters(
-      method="product", counts=(256,), stages=parts, init="random", max_iter=4
+      method="product", counts=(256,), stages=parts, init="random", max_iter=8
     )
   c.prefixes = (2, 4, 8, 16, 32, 64)
   c.components = (1, 4, 16, 64, 256)

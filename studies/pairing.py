@@ -95,20 +95,23 @@ def compare(config, models, sides: Sides, found, other, pair):
   rows = []
   for measure in wanted:
     identity = 0.0 if measure in comparisons.DISTANCES else 1.0
-    near = 1 + min(
-      range(len(floors)),
-      key=lambda i, m=measure: abs(identity - floors[i][m].values.mean()),
-    )
+    one = real[measure]
+    null = one.null
+    if null is None and one.chance:
+      null = np.full(len(found), one.chance[0])
+    options = [case[measure].values for case in floors]
+    options += [] if null is None else [null]
+    sign = 1 if identity else -1
+    near = int(np.argmax([sign * values.mean() for values in options]))
     for capability in (ALL, *dict.fromkeys(blocks.tolist())):
       units = np.flatnonzero((blocks == capability) | (capability == ALL))
       if len(units) < comparisons.LEAST:
         continue
-      one, floor = real[measure], floors[near - 1][measure]
-      values, floor = one.values[units], floor.values[units]
+      values, floor = one.values[units], options[near][units]
       if measure in comparisons.JOINT and capability != ALL:
-        values, floor = (
-          comparisons.joint(*cases[i], measure, units) for i in (0, near)
-        )
+        values = comparisons.joint(*cases[0], measure, units)
+        if near < len(floors):
+          floor = comparisons.joint(*cases[1 + near], measure, units)
       rows.append(
         {
           "a": a,

@@ -1,9 +1,9 @@
 """From what prompts say to what may be claimed.
 
 A similarity says little by itself: texts are alike, architectures are alike.
-So each is placed between a floor, where one of the two models has its weights
-drawn anew and only text and architecture are left, and what a model has with
-itself. The share of that way is what is tested, prompt by prompt.
+So each is placed between a floor, unrelated prompts or a model whose weights
+were drawn anew, and what a model has with itself. The share of that way is
+what is tested, prompt by prompt.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,13 @@ DEFINITIONS = {
   "null": "The same of unrelated prompts of the same capability.",
   "null_p": "That the pairing of prompts does not matter, by exchange.",
   "floor": (
-    "The same after all matrices of one of the two models were drawn anew: "
-    "what text and architecture alone have in common. The nearer of both."
+    "The nearest of three: the null, and the same after all matrices of one "
+    "or of the other model were drawn anew, which leaves what text and "
+    "architecture have in common."
   ),
   "share": (
-    "(value - floor) / (identity - floor): 0 is no nearer than a model of "
-    "random weights, 1 is the model itself."
+    "(value - floor) / (identity - floor): 0 is no nearer than unrelated "
+    "prompts or random weights, 1 is the model itself."
   ),
   "p": "That the share is at most the margin, by sign flips over prompts.",
   "p_equivalent": "That the share is at most 1 less the margin, likewise.",

@@ -68,7 +68,7 @@ class Side:
 
   Attributes:
     subject: what it is.
-    head: of `readings.head`, or None where no distribution is compared.
+    head: of `subjects.head`, or None where no distribution is compared.
     reading: of `readings.read` with `capture`.
     answers: [N] texts.
     bits: name of a model -> [N], bits per byte of its answers to this one.
@@ -173,17 +173,16 @@ def exchange(
     draws: permutations.
     seed: of them.
   """
-  rng = np.random.default_rng(seed)
-  blocks = np.asarray(blocks)
-  groups = [np.flatnonzero(blocks == name) for name in np.unique(blocks)]
-  value = of_order(np.arange(len(blocks)))
-  null = np.empty(draws)
-  for i in range(draws):
-    order = np.empty(len(blocks), int)
-    for group in groups:
-      order[group] = rng.permutation(group)
-    null[i] = of_order(order)
-  return _mean_and_p(value, null)
+  units = np.arange(len(blocks))
+  found = similarity.calibrate(
+    units,
+    units,
+    lambda _, order: of_order(order),
+    draws=draws,
+    blocks=blocks,
+    seed=seed,
+  )
+  return float(found.null.mean()), found.p
 
 
 def depth_pairs(count_a: int, count_b: int) -> list[tuple[int, int]]:
@@ -381,12 +380,8 @@ def _chance(maps, name: str, x: np.ndarray, y: np.ndarray):
   if not maps or name not in maps:
     return None
   i, j = np.array(depth_pairs(len(x), len(y))).T
-  found = maps[name]
-  return _mean_and_p(found.scores[i, j].mean(), found.null[:, i, j].mean(1))
-
-
-def _mean_and_p(value: float, null: np.ndarray) -> tuple[float, float]:
-  higher = np.sum(null >= value - 1e-12)
+  null = maps[name].null[:, i, j].mean(1)
+  higher = np.sum(null >= maps[name].scores[i, j].mean() - 1e-12)
   return float(null.mean()), float((1 + higher) / (1 + len(null)))
 
 

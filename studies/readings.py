@@ -138,7 +138,9 @@ def read(
           pooled[i] = arrays["blocks.*.resid_post"][:, j]
       bar.update(sum(len(given[i]) for i in some))
   rows = np.concatenate(rows)
-  log_probs = target_log_probs(cfg, head(model), rows, np.concatenate(targets))
+  log_probs = target_log_probs(
+    cfg, subjects.head(model), rows, np.concatenate(targets)
+  )
   ends = np.cumsum([len(own) for own in targets])
   out = {
     "bits": np.array(
@@ -161,17 +163,12 @@ def read(
   return out
 
 
-def head(model: models.Model) -> dict:
-  """The parameters that `models.unembed` takes."""
-  return {name: x for name, x in model.params.items() if name != "blocks"}
-
-
 def target_log_probs(cfg, head, rows, targets) -> np.ndarray:
   """Log-probabilities of tokens, nats, [P] in float64.
 
   Args:
     cfg: of the model.
-    head: of `models_head`.
+    head: of `subjects.head`.
     rows: residual streams [P, D] that predict them.
     targets: their ids [P].
   """

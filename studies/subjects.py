@@ -80,8 +80,7 @@ class Subject:
       mesh=models.make_mesh(config["mesh"]),
       layers=1 if self.config.tied else None,
     )
-    params = self._changed(model).params
-    return {name: x for name, x in params.items() if name != "blocks"}
+    return head(self._changed(model))
 
   def load_dictionaries(self) -> list[dictionaries.Dictionary]:
     """In order of depth.
@@ -113,6 +112,11 @@ class Subject:
     if spec["bits"] is not None:
       model = perturb.requantise(model, spec["bits"])
     return model
+
+
+def head(model: models.Model) -> dict:
+  """The parameters that `models.unembed` takes."""
+  return {name: x for name, x in model.params.items() if name != "blocks"}
 
 
 def prepare(

@@ -130,8 +130,7 @@ def _quick(c: ConfigDict) -> None:
   c.models.gemma = changed()
   for percent in (3, 10, 30):
     c.models[f"noise_{percent}"] = changed(noise=percent / 100)
-  for bits in (4, 3):
-    c.models[f"bits_{bits}"] = changed(bits=bits)
+  c.models.bits_4 = changed(bits=4)
   c.models.redrawn = changed(redraw=1)
   c.models.smollm2 = model(smollm.model.name, dictionaries=("@smollm",))
   c.prompts.per_capability = 8

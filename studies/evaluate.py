@@ -19,11 +19,12 @@ import scipy.sparse
 from jax.tree_util import Partial
 
 from gemma_jax import dictionaries, metrics, models, probing
+from gemma_jax.data import vocabulary
 from gemma_jax.dictionaries import evaluate, linear
 from gemma_jax.dictionaries.dictionary import reconstruct_prefixes
 from gemma_jax.metrics import faithfulness
 from gemma_jax.models import sites
-from gemma_jax.probing import absorption, explain, noise, sparse, vocabulary
+from gemma_jax.probing import absorption, explain, noise, sparse
 from gemma_jax.probing.labels import rows as label_rows
 from gemma_jax.probing.split import subsample
 from gemma_jax.report import sweep as sweep_report

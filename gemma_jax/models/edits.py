@@ -41,7 +41,7 @@ class PerLayer:
 )
 @dataclasses.dataclass(frozen=True)
 class Splice:
-  """An edit that reads an earlier site of the same block, or the same site.
+  """An edit that reads earlier sites of the same block, or the same site.
 
   `fn(read, value)` returns what replaces `value`; a transcoder takes the
   MLP's place with
@@ -50,12 +50,13 @@ class Splice:
 
   Attributes:
     read: the site to read, as edited, by its name in a block (`mlp_in`, or
-      TransformerLens's).
-    fn: pure function of two arrays, [B, T, ...] each, or a `PerLayer` of one.
+      TransformerLens's); or a tuple of several, which `fn` gets one by one.
+    fn: pure function of two arrays or more, [B, T, ...] each, or a `PerLayer`
+      of one.
   """
 
-  read: str
-  fn: Callable[[jax.Array, jax.Array], jax.Array] | PerLayer
+  read: str | tuple[str, ...]
+  fn: Callable[..., jax.Array] | PerLayer
 
 
 # What may stand as an edit.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from gemma_jax.models import attention as attention_lib
 from gemma_jax.models import families, layers, sharding
 from gemma_jax.models import sites as sites_lib
-from gemma_jax.models.blocks import Blocks, read_name
+from gemma_jax.models.blocks import Blocks, read_names
 from gemma_jax.models.config import ModelConfig
 from gemma_jax.models.edits import Edit, PerLayer, Splice
 from gemma_jax.models.sites import Site
@@ -198,48 +198,105 @@ def run(
     attention = attention_lib.choose(cfg, attention, length, dtype)
   else:
     attention = "xla"
-  if valid is None:
-    positions = jnp.arange(length)[None]
-  else:
-    positions = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
-    positions = jnp.maximum(positions, 0)
-    positions = jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1)
+  positions = _positions(valid, start, length)
   ctx = layers.context(
     cfg, positions, dtype, valid=valid, start=start, implementation=attention
   )
-  with jax.named_scope("embed"):
-    x = params["embed"][tokens]
-    if cfg.embed_scale != 1:
-      x = x * jnp.asarray(cfg.embed_scale, dtype)
-    if "positions" in params:
-      x = x + params["positions"][positions]
-    x = sharding.constrain(x)
+  x = _embed(cfg, params, tokens, positions)
   blocks = Blocks(cfg, params["blocks"], ctx, wanted, changes, keep_kv, unroll)
   x, found, cache = blocks.run(x, depth, cache)
   logits = None if stop_at is not None else unembed(cfg, params, x)
   return logits, found, cache
 
 
+def embed(cfg: ModelConfig, params, tokens, *, mask=None) -> jax.Array:
+  """What enters the first block, [B, T, D]; see `forward`."""
+  check_tokens(tokens)
+  valid = None if mask is None else mask.astype(bool)
+  return _embed(cfg, params, tokens, _positions(valid, 0, tokens.shape[1]))
+
+
+def run_blocks(
+  cfg: ModelConfig,
+  params,
+  x: jax.Array,
+  first: int | jax.Array,
+  last: int | jax.Array,
+  *,
+  mask: jax.Array | None = None,
+  edits: Mapping[str, Edit] | None = None,
+  attention: str = "auto",
+) -> jax.Array:
+  """The residual stream after the blocks first .. last - 1. Pure.
+
+  What is edited in late blocks needs no early ones again, and one program
+  serves for all of them: the bounds may be traced.
+
+  Args:
+    cfg: the model.
+    params: see `forward`, with all blocks.
+    x: residual stream that enters block `first`, [B, T, D].
+    first: block to begin with.
+    last: block before which to end.
+    mask: see `forward`.
+    edits: of `blocks.*` only; see `forward`.
+    attention: see `forward`.
+
+  Raises:
+    ValueError: layers that are not loaded, an edit of a single layer.
+  """
+  _depth(cfg, params, None)
+  _, changes = _parse(cfg, (), (edits or {}).items(), {}, cfg.num_layers, None)
+  if any(site.layer is not None for site, _ in changes):
+    raise ValueError(
+      f"edits of {', '.join(edits)}: expected blocks.* alone, since blocks "
+      "that are not known before they run are not compiled one by one; look "
+      "at the layer in the edit."
+    )
+  length = x.shape[1]
+  valid = None if mask is None else mask.astype(bool)
+  ctx = layers.context(
+    cfg,
+    _positions(valid, 0, length),
+    x.dtype,
+    valid=valid,
+    start=0,
+    implementation=attention_lib.choose(cfg, attention, length, x.dtype),
+  )
+  blocks = Blocks(cfg, params["blocks"], ctx, {}, changes)
+  return blocks.run_between(x, first, last)
+
+
 def unembed(cfg: ModelConfig, params, x: jax.Array) -> jax.Array:
   """Final norm, head and soft-cap: resid_post [..., D] -> logits [..., V].
 
   Raises:
-    ValueError: the head is not loaded (`layers=` of a model that has one).
+    ValueError: see `head`.
   """
-  head = "embed" if cfg.tied else "unembed"
-  if head not in params:
-    raise ValueError(
-      "The head is not loaded: load the model without `layers` for logits."
-    )
+  table = head(cfg, params)
   with jax.named_scope("unembed"):
     x = families.of(cfg).norm(cfg, params, "final_norm", x)
     logits = jnp.einsum(
       "...d,vd->...v",
       x,
-      params[head],
+      table,
       preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
     )
     return attention_lib.soft_cap(logits, cfg.final_softcap)
+
+
+def head(cfg: ModelConfig, params) -> jax.Array:
+  """The unembedding [V, D], which may be the embedding.
+
+  Raises:
+    ValueError: it is not loaded (`layers=` of a model that has its own).
+  """
+  name = "embed" if cfg.tied else "unembed"
+  if name not in params:
+    raise ValueError(
+      "The head is not loaded: load the model without `layers` for logits."
+    )
+  return params[name]
 
 
 def num_loaded(params) -> int:
@@ -254,6 +311,25 @@ def check_tokens(tokens) -> None:
       f"tokens must be integers [B, T]; got {tokens.dtype} of shape "
       f"{tokens.shape}."
     )
+
+
+def _embed(cfg, params, tokens, positions) -> jax.Array:
+  with jax.named_scope("embed"):
+    x = params["embed"][tokens]
+    if cfg.embed_scale != 1:
+      x = x * jnp.asarray(cfg.embed_scale, x.dtype)
+    if "positions" in params:
+      x = x + params["positions"][positions]
+    return sharding.constrain(x)
+
+
+def _positions(valid, start, length) -> jax.Array:
+  """Places of `length` tokens from slot `start` on; padding does not count."""
+  if valid is None:
+    return jnp.arange(length)[None]
+  positions = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
+  positions = jnp.maximum(positions, 0)
+  return jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1)
 
 
 def _depth(cfg, params, stop_at) -> int:
@@ -326,13 +402,13 @@ def check_edit(cfg: ModelConfig, name: str, edit) -> Site:
   site = sites_lib.parse(name, cfg)
   fn = edit
   if isinstance(edit, Splice):
-    read = read_name(cfg, edit)
     order = sites_lib.NAMES.index
-    if order(read) > order(site.name):
-      raise ValueError(
-        f"Splice at {name!r} reads {read!r}, which a block computes later. "
-        "Read an earlier site of the block."
-      )
+    for read in read_names(cfg, edit):
+      if order(read) > order(site.name):
+        raise ValueError(
+          f"Splice at {name!r} reads {read!r}, which a block computes later. "
+          "Read an earlier site of the block."
+        )
     fn = edit.fn
   if isinstance(fn, PerLayer):
     if site.layer is not None:

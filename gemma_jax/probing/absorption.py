@@ -10,10 +10,10 @@ import dataclasses
 import numpy as np
 import scipy.sparse
 
+from gemma_jax.data.vocabulary import LETTERS
 from gemma_jax.probing import logistic
 from gemma_jax.probing.sparse import check_latents, gather, mean_difference
 from gemma_jax.probing.split import split
-from gemma_jax.probing.vocabulary import LETTERS
 
 UNIT = 1e-3  # how far a decoder row's norm may be from 1
 DEFINITIONS = {

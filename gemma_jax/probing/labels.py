@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemma_jax.probing import vocabulary
-from gemma_jax.probing.vocabulary import Entries
+from gemma_jax.data import vocabulary
+from gemma_jax.data.vocabulary import Entries
 
 DEFINITIONS = {
   "starts_word": (

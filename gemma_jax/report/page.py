@@ -1,6 +1,7 @@
 """The page that a person opens after a run: one HTML file, no network."""
 
 import base64
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +26,12 @@ _BEFORE, _AFTER = 32, 16
 _CONTEXTS = 8
 # Control characters get their Unicode pictures. Direction overrides get a
 # replacement: one in a document would reorder the text of the page around it.
+# So do controls that have no picture, of which some terminals obey a few.
 _VISIBLE = {
   **{code: 0x2400 + code for code in range(0x20)},
-  **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD),
+  **dict.fromkeys(
+    [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD
+  ),
   0x7F: 0x2421,
   ord("\n"): "⏎",
   ord("\t"): "⇥",
@@ -258,8 +262,9 @@ def _definition(key: str, definitions: Mapping) -> str:
   return ""
 
 
-def _show(token) -> str:
-  return str(token).translate(_VISIBLE)
+def visible(text) -> str:
+  """Text whose control characters can be seen and move nothing around it."""
+  return str(text).translate(_VISIBLE)
 
 
 def _view(context: Context, full: float) -> dict:
@@ -271,7 +276,7 @@ def _view(context: Context, full: float) -> dict:
     activation = float(context.activations[position])
     fired = math.isfinite(activation) and activation != 0
     heat = min(max(activation / full, 0.0), 1.0) if fired and full > 0 else 0.0
-    text = _show(context.tokens[position])
+    text = visible(context.tokens[position])
     # A coloured leading space would be torn off at the end of a line.
     word = text.lstrip(" ") or text
     cells.append(
@@ -290,7 +295,7 @@ def _view(context: Context, full: float) -> dict:
     "cut_after": stop < len(context.tokens),
     "value": format_value(context.activations[context.peak]),
     "where": " · ".join(
-      _show(name) for name in (context.source, context.document) if name
+      visible(name) for name in (context.source, context.document) if name
     ),
   }
 
@@ -308,10 +313,10 @@ def _card(latent: Latent) -> dict:
   return {
     "latent": latent,
     "contexts": views,
-    "peak": _show(peak).strip(),
-    "notes": [_show(note) for note in latent.notes],
-    "promoted": [_show(token) for token in latent.promoted],
-    "suppressed": [_show(token) for token in latent.suppressed],
+    "peak": visible(peak).strip(),
+    "notes": [visible(note) for note in latent.notes],
+    "promoted": [visible(token) for token in latent.promoted],
+    "suppressed": [visible(token) for token in latent.suppressed],
   }
 
 
@@ -326,6 +331,11 @@ def _embed(path: str | Path) -> str:
   return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
 
 
+def _sha256(script) -> str:
+  digest = hashlib.sha256(script.encode()).digest()
+  return base64.b64encode(digest).decode("ascii")
+
+
 def write_page(
   path: str | Path,
   *,
@@ -337,12 +347,14 @@ def write_page(
   summary: Sequence[tuple[str, object, str]],
   noun: str = "Latent",
   order: str = INTEREST,
+  template: str = "page.html",
+  extra: Mapping | None = None,
 ) -> Path:
   """Writes everything about a run into one HTML file that opens offline.
 
   Texts may come from anywhere: all of them are escaped, and the page's own
-  content security policy forbids scripts and the network. The same input gives
-  the same bytes.
+  content security policy forbids the network and scripts, except one whose
+  hash the template gives. The same input gives the same bytes.
 
   Args:
     path: where to write; folders are made.
@@ -357,6 +369,8 @@ def write_page(
       baseline or the denominator in the explanation.
     noun: what `latents` are.
     order: why these ones, in this order.
+    template: of this folder; another one extends `page.html`.
+    extra: what only that one shows, by the names that it uses.
 
   Returns:
     The path.
@@ -374,8 +388,13 @@ def write_page(
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.filters |= {"value": format_value, "percent": _percent}
-  text = environment.get_template("page.html").render(
+  environment.filters |= {
+    "value": format_value,
+    "percent": _percent,
+    "visible": visible,
+    "sha256": _sha256,
+  }
+  text = environment.get_template(template).render(
     title=title,
     summary=summary,
     plots=[(caption, _embed(plot)) for caption, plot in plots.items()],
@@ -398,6 +417,7 @@ def write_page(
         seeds if isinstance(seeds, Mapping) else {"seed": seeds}
       )
     ],
+    **(extra or {}),
   )
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)

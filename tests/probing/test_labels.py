@@ -4,7 +4,8 @@ import re
 import numpy as np
 import pytest
 
-from gemma_jax.probing import labels, vocabulary
+from gemma_jax.data import vocabulary
+from gemma_jax.probing import labels
 
 # Both tokenizers cut these words out whole.
 TEXT = (

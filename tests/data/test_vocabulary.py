@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from gemma_jax.probing import vocabulary
+from gemma_jax.data import vocabulary
 
 WILD = "Naïve “quotes” — 漢字 Привет 🙂 𓀀 it's\n\n\tx_1 = [2]  end\n"
 

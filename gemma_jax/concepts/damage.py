@@ -1,0 +1,485 @@
+"""What a model loses when a vector does: functional edits, many at once.
+
+Something is written to the residual stream as coefficient times vector: by a
+neuron, by a dictionary's latent, along a direction. A change adds
+
+    (gain * coefficient + bias) * vector
+
+where that is written, so that no weight is copied. A gain of -1 with the
+vector itself takes it away and a bias puts its mean back; another vector with
+a gain of 1 is noise in proportion. Changes and prompts are rows of a batch,
+and one program runs the blocks from the changed one on, whichever it is.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from gemma_jax.models import Model, PerLayer, Splice, sharding, sites
+from gemma_jax.models.edits import as_pytree
+from gemma_jax.models.forward import embed, run_blocks, unembed
+
+# Answer tokens whose logits exist at once, clean and changed.
+ANSWERS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """P texts that end with answers of up to A tokens.
+
+  Attributes:
+    tokens: int32 [P, T], padded on the left.
+    mask: bool [P, T], False at padding.
+    edited: bool [P, T], where vectors are changed: all but padding and BOS.
+    answers: int32 [P, A], -1 where an answer is shorter.
+    at: int32 [P, A], positions that predict them.
+    num_bytes: float64 [P], of the answer, in UTF-8.
+  """
+
+  tokens: np.ndarray
+  mask: np.ndarray
+  edited: np.ndarray
+  answers: np.ndarray
+  at: np.ndarray
+  num_bytes: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """What is changed together: m units of one layer.
+
+  Attributes:
+    layer: of all of them.
+    read: site of a block from which coefficients are computed.
+    write: site of the same block where they are written.
+    coefficient: (where, value of `read` [B, T, ...]) -> [B, T, m], with an
+      entry of `where` for each row; keep it in a variable.
+    where: pytree of arrays [m, ...]: which units.
+    vectors: float32 [m, E], what one unit of coefficient writes.
+  """
+
+  layer: int
+  read: str
+  write: str
+  coefficient: Callable[[Any, jax.Array], jax.Array]
+  where: Any
+  vectors: np.ndarray
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["where", "gain", "bias", "vectors", "norm_only"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """Adds sum_m (gain * coefficient + bias) * vectors.
+
+  Attributes:
+    where: of a `Target`.
+    gain: float32 [m].
+    bias: float32 [m].
+    vectors: float32 [m, E].
+    norm_only: bool, leaves the MLP's direction as it is and only scales it
+      as the change would through the norm behind it.
+  """
+
+  where: Any
+  gain: np.ndarray
+  bias: np.ndarray
+  vectors: np.ndarray
+  norm_only: np.ndarray
+
+
+class Damage(NamedTuple):
+  """K changes on P prompts; see `Clean` for the units.
+
+  Attributes:
+    log_prob: float64 [K, P], of the answer.
+    kl: float64 [K, P], KL(clean || changed), mean over the answer's tokens.
+    rank: int [K, P], the worst of the answer's tokens; 0 is the likeliest.
+    flipped: bool [K, P], another token became the likeliest at one of them.
+  """
+
+  log_prob: np.ndarray
+  kl: np.ndarray
+  rank: np.ndarray
+  flipped: np.ndarray
+
+
+class Clean(NamedTuple):
+  """The model as it is, on P prompts.
+
+  Attributes:
+    final: [P, A, D], residual stream that predicts the answer.
+    log_prob: float64 [P], nats, of the answer: the sum over its tokens.
+    rank: int [P], as of `Damage`.
+  """
+
+  final: jax.Array
+  log_prob: np.ndarray
+  rank: np.ndarray
+
+
+# ---------------------------------------------------------------------- targets
+def neurons(model: Model, layer: int, indices: Sequence[int]) -> Target:
+  """Neurons of an MLP, which write through the down projection.
+
+  Raises:
+    ValueError: neurons that do not exist.
+  """
+  width = model.config.mlp_width
+  where = np.asarray(indices, np.int32)
+  if (
+    where.ndim != 1
+    or not where.size
+    or not 0 <= where.min() <= where.max() < width
+  ):
+    raise ValueError(f"neurons must be some of 0..{width - 1}; got {indices}")
+  down = model.params["blocks"]["down"][layer, where]
+  return Target(
+    layer,
+    "mlp_hidden",
+    "mlp_raw",
+    _neurons,
+    where,
+    np.asarray(down.astype(jnp.float32)),
+  )
+
+
+def direction(layer: int, site: str, vector: np.ndarray) -> Target:
+  """The component of a site, such as "resid_post", along a vector [D].
+
+  Raises:
+    ValueError: a vector without length.
+  """
+  vector = np.asarray(vector, np.float32)
+  norm = np.linalg.norm(vector)
+  if vector.ndim != 1 or not norm > 0 or not np.isfinite(norm):
+    raise ValueError(
+      f"a direction must be a finite vector [D] of some length; got shape "
+      f"{vector.shape} and norm {norm}"
+    )
+  unit = (vector / norm)[None]
+  return Target(layer, site, site, _along, unit, unit)
+
+
+def latents(
+  layer: int,
+  read: str,
+  write: str,
+  encode: Callable[[jax.Array], jax.Array],
+  indices: Sequence[int],
+  vectors: np.ndarray,
+) -> Target:
+  """Latents of a dictionary, with their decoder's rows [m, E] as vectors.
+
+  Args:
+    layer: of both sites.
+    read: site that the dictionary reads.
+    write: site that it writes.
+    encode: [..., D] -> [..., M], a `jax.tree_util.Partial` or kept in a
+      variable.
+    indices: of the latents.
+    vectors: float32 [m, E].
+  """
+  return Target(
+    layer,
+    read,
+    write,
+    Partial(_latents, as_pytree(encode)),
+    np.asarray(indices, np.int32),
+    np.asarray(vectors, np.float32),
+  )
+
+
+def _neurons(where, hidden):
+  return jnp.take_along_axis(hidden, where[:, None, :], axis=2)
+
+
+def _along(where, x):
+  return jnp.einsum("btd,bmd->btm", x.astype(jnp.float32), where)
+
+
+def _latents(encode, where, x):
+  return jnp.take_along_axis(encode(x), where[:, None, :], axis=2)
+
+
+# ---------------------------------------------------------------------- changes
+def scale(target: Target, factor: float) -> Change:
+  """Multiplies coefficients: 0 removes them, -1 turns them round."""
+  return _change(target, gain=factor - 1)
+
+
+def set_to(
+  target: Target, values: np.ndarray, vectors: np.ndarray | None = None
+) -> Change:
+  """Puts values [m], such as means over a text, in the coefficients' place.
+
+  With other vectors [m, E] it writes as much along those instead, and leaves
+  the target's own alone: a control.
+  """
+  return _change(target, gain=-1, bias=values, vectors=vectors)
+
+
+def norm_only(target: Target, values: np.ndarray) -> Change:
+  """What `set_to` does to the length of the MLP's output, and nothing else.
+
+  A control for Gemma, whose norm behind the MLP scales all neurons when one
+  changes; elsewhere it changes nothing.
+  """
+  return _change(target, gain=-1, bias=values, norm_only=True)
+
+
+def replace(target: Target, vectors: np.ndarray) -> Change:
+  """Writes other vectors [m, E] with the same coefficients."""
+  return _change(target, gain=1, vectors=vectors - target.vectors)
+
+
+def add(target: Target, vectors: np.ndarray) -> Change:
+  """Writes vectors [m, E] in addition, with the same coefficients.
+
+  Feature-level edits are such: minus a value vector's part in the span of some
+  of a dictionary's decoder rows (PISCES, arXiv 2505.22586).
+  """
+  return _change(target, gain=1, vectors=vectors)
+
+
+def random_directions(target: Target, seed: int) -> np.ndarray:
+  """Gaussian directions [m, E] as long as the target's vectors."""
+  rng = np.random.default_rng(seed)
+  drawn = rng.standard_normal(target.vectors.shape)
+  drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+  return _like(drawn, target)
+
+
+def noise(target: Target, ratio: float, seed: int) -> Change:
+  """Adds Gaussian noise whose length is about `ratio` times the vector's.
+
+  sigma = ratio * ||v|| / sqrt(E) for each coordinate. An absolute sigma, as
+  in Hong et al. 2024 (arXiv 2406.11614), is several times some models' vectors
+  and a small part of others'.
+  """
+  rng = np.random.default_rng(seed)
+  drawn = rng.standard_normal(target.vectors.shape)
+  return add(target, _like(drawn / drawn.shape[1] ** 0.5 * ratio, target))
+
+
+def _like(drawn, target):
+  lengths = np.linalg.norm(target.vectors, axis=1, keepdims=True)
+  return (drawn * lengths).astype(np.float32)
+
+
+def _change(target, *, gain, bias=0.0, vectors=None, norm_only=False):
+  several = len(target.vectors)
+  return Change(
+    target.where,
+    np.full(several, gain, np.float32),
+    np.broadcast_to(np.asarray(bias, np.float32), several),
+    target.vectors if vectors is None else np.asarray(vectors, np.float32),
+    np.array(norm_only),
+  )
+
+
+# ---------------------------------------------------------------------- running
+def clean(model: Model, prompts: Prompts) -> Clean:
+  """What the model makes of prompts without any change."""
+  final = []
+  rows = max(1, ANSWERS // prompts.answers.shape[1])
+  count = len(prompts.tokens)
+  parts = []
+  for start in range(0, count, rows):
+    some = np.minimum(np.arange(start, start + rows), count - 1)
+    with jax.set_mesh(model.mesh):
+      x = _stream(model, prompts, some, model.config.num_layers)
+      found = _answer(
+        model.config, model.params, x, prompts.at[some], prompts.answers[some]
+      )
+    kept = min(rows, count - start)
+    final.append(found[0][:kept])
+    parts.append([np.asarray(a)[:kept] for a in found[1:]])
+  log_prob, rank = (
+    np.concatenate(arrays) for arrays in zip(*parts, strict=True)
+  )
+  return Clean(jnp.concatenate(final), log_prob.astype(np.float64), rank)
+
+
+def run(
+  model: Model,
+  prompts: Prompts,
+  before: Clean,
+  target: Target,
+  changes: Sequence[Change],
+  *,
+  progress: Callable[[int], None] = lambda rows: None,
+) -> Damage:
+  """Every change on every prompt.
+
+  Args:
+    model: with its head and all of its blocks.
+    prompts: P of them.
+    before: of these prompts, by `clean`.
+    target: says the layer and the sites; the changes may be of others of its
+      kind and layer.
+    changes: K of them, of m units each.
+    progress: called with the number of changed prompts that were run.
+
+  Raises:
+    ValueError: a layer or site that does not exist.
+    FloatingPointError: a change that makes the model's output not finite.
+  """
+  cfg = model.config
+  for name in (target.read, target.write):
+    sites.parse(f"blocks.{target.layer}.{name}", cfg)
+  count, several = len(prompts.tokens), len(changes)
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *changes)
+  rows = max(1, ANSWERS // prompts.answers.shape[1])
+  with jax.set_mesh(model.mesh):
+    prefix = jnp.concatenate(
+      [
+        _stream(
+          model,
+          prompts,
+          np.arange(start, min(start + rows, count)),
+          target.layer,
+        )
+        for start in range(0, count, rows)
+      ]
+    )
+  given = {
+    "prefix": prefix,
+    "final": before.final,
+    **{
+      name: getattr(prompts, name)
+      for name in ("mask", "edited", "answers", "at")
+    },
+  }
+  pairs = np.stack(
+    np.meshgrid(np.arange(several), np.arange(count), indexing="ij"), axis=-1
+  ).reshape(-1, 2)
+  static = (cfg, model.attention, target.read, target.write)
+  parts = []
+  for start in range(0, len(pairs), rows):
+    some = pairs[np.minimum(np.arange(start, start + rows), len(pairs) - 1)]
+    with jax.set_mesh(model.mesh):
+      found = _changed(
+        static,
+        model.params,
+        as_pytree(target.coefficient),
+        given,
+        stacked,
+        sharding.put_batch(some.astype(np.int32), model.mesh),
+        np.int32(target.layer),
+      )
+    kept = min(rows, len(pairs) - start)
+    parts.append([np.asarray(a)[:kept] for a in found])
+    progress(kept)
+  log_prob, kl, rank, flipped = (
+    np.concatenate(arrays).reshape(several, count)
+    for arrays in zip(*parts, strict=True)
+  )
+  if not np.isfinite(log_prob).all():
+    raise FloatingPointError(
+      f"{int((~np.isfinite(log_prob)).any(axis=1).sum())} of {several} changes "
+      f"at layer {target.layer} give NaN or infinity. Use smaller doses, or "
+      "load the model with dtype='float32'."
+    )
+  return Damage(
+    log_prob.astype(np.float64), kl.astype(np.float64), rank, flipped
+  )
+
+
+def _stream(model, prompts, some, last):
+  """The residual stream of some prompts that enters block `last`."""
+  return _prefix(
+    (model.config, model.attention),
+    model.params,
+    sharding.put_batch(prompts.tokens[some], model.mesh),
+    sharding.put_batch(prompts.mask[some], model.mesh),
+    np.int32(last),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefix(static, params, tokens, mask, last):
+  cfg, attention = static
+  x = embed(cfg, params, tokens, mask=mask)
+  return run_blocks(cfg, params, x, 0, last, mask=mask, attention=attention)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _answer(cfg, params, x, at, answers):
+  """The stream that predicts answers, their log-probability, their rank."""
+  final = jnp.take_along_axis(x, at[..., None], axis=1)
+  log_probs = jax.nn.log_softmax(unembed(cfg, params, final))
+  return (final, *_of_answers(log_probs, answers))
+
+
+def _of_answers(log_probs, answers):
+  """Sum of log-probabilities [B], and the worst rank [B]."""
+  real = answers >= 0
+  own = jnp.take_along_axis(
+    log_probs, jnp.maximum(answers, 0)[..., None], axis=2
+  )
+  rank = jnp.sum(log_probs > own, axis=2)
+  total = jnp.sum(jnp.where(real, own[..., 0], 0), axis=1)
+  return total, jnp.max(jnp.where(real, rank, 0), axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _changed(static, params, coefficient, given, changes, pairs, layer):
+  """log_prob, kl, rank and flipped of rows (change, prompt)."""
+  cfg, attention, read, write = static
+  change = jax.tree.map(lambda a: a[pairs[:, 0]], changes)
+  given = jax.tree.map(lambda a: jnp.asarray(a)[pairs[:, 1]], given)
+  edited = given["edited"][..., None]
+
+  def written(value):
+    own = coefficient(change.where, value).astype(jnp.float32)
+    amount = change.gain[:, None] * own + change.bias[:, None]
+    amount = jnp.where(edited, amount, 0)
+    return jnp.einsum("btm,bme->bte", amount, change.vectors)
+
+  def plain(here, value, x):
+    off = (here != layer) | change.norm_only[:, None, None]
+    return (x + jnp.where(off, 0, written(value))).astype(x.dtype)
+
+  def length(x):
+    return jnp.mean(jnp.square(x), axis=-1, keepdims=True) + cfg.norm_eps
+
+  def scaled(here, value, raw, x):
+    wide = raw.astype(jnp.float32)
+    ratio = jnp.sqrt(length(wide) / length(wide + written(value)))
+    on = (here == layer) & change.norm_only[:, None, None]
+    return (x * jnp.where(on, ratio, 1)).astype(x.dtype)
+
+  numbers = jnp.arange(cfg.num_layers)
+  edits = {f"blocks.*.{write}": Splice(read, PerLayer(plain, numbers))}
+  if write == "mlp_raw" and "post_mlp_norm" in params["blocks"]:
+    edits["blocks.*.mlp_out"] = Splice((read, write), PerLayer(scaled, numbers))
+  x = run_blocks(
+    cfg,
+    params,
+    given["prefix"],
+    layer,
+    cfg.num_layers,
+    mask=given["mask"],
+    edits=edits,
+    attention=attention,
+  )
+  final = jnp.take_along_axis(x, given["at"][..., None], axis=1)
+  log_probs = jax.nn.log_softmax(unembed(cfg, params, final))
+  before = jax.nn.log_softmax(unembed(cfg, params, given["final"]))
+  answers = given["answers"]
+  real = answers >= 0
+  kl = jnp.sum(jnp.exp(before) * (before - log_probs), axis=2)
+  kl = jnp.sum(jnp.where(real, kl, 0), axis=1) / jnp.sum(real, axis=1)
+  other = jnp.argmax(before, axis=2) != jnp.argmax(log_probs, axis=2)
+  total, rank = _of_answers(log_probs, answers)
+  return total, kl, rank, jnp.any(real & other, axis=1)

@@ -94,7 +94,7 @@ def main(_):
   vectors = np.asarray(concepts.value_vectors(model, LAYER.value))
   flat = np.asarray(table.blocks).reshape(-1, cfg.width)[: table.count]
   dense = torch.from_numpy(flat + np.asarray(table.mean))
-  rows = torch.from_numpy(vectors)
+  rows = torch.from_numpy(vectors.copy())
   systems = {
     "ours": lambda: ours(model, table, vectors),
     "torch": lambda: by_hand(dense, rows),

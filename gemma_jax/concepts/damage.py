@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from gemma_jax.concepts import answers
 from gemma_jax.models import Model, PerLayer, Splice, sharding, sites
 from gemma_jax.models.edits import as_pytree
-from gemma_jax.models.forward import embed, run_blocks, unembed
+from gemma_jax.models.forward import embed, run_blocks
 
-# Answer tokens whose logits exist at once, clean and changed.
-ANSWERS = 128
+ANSWERS = 128  # changed answer tokens at a time
+PROMPTS = 32  # at most, of those
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +119,15 @@ class Clean(NamedTuple):
 
   Attributes:
     final: [P, A, D], residual stream that predicts the answer.
+    log_total: float32 [P, A], log-sum-exp of the logits there.
+    top: int32 [P, A], the likeliest token there.
     log_prob: float64 [P], nats, of the answer: the sum over its tokens.
     rank: int [P], as of `Damage`.
   """
 
-  final: jax.Array
+  final: np.ndarray
+  log_total: np.ndarray
+  top: np.ndarray
   log_prob: np.ndarray
   rank: np.ndarray
 
@@ -290,10 +295,8 @@ def _change(target, *, gain, bias=0.0, vectors=None, norm_only=False):
 # ---------------------------------------------------------------------- running
 def clean(model: Model, prompts: Prompts) -> Clean:
   """What the model makes of prompts without any change."""
-  final = []
-  rows = max(1, ANSWERS // prompts.answers.shape[1])
-  count = len(prompts.tokens)
-  parts = []
+  count, width = prompts.answers.shape
+  rows, parts = max(1, min(PROMPTS, ANSWERS // width)), []
   for start in range(0, count, rows):
     some = np.minimum(np.arange(start, start + rows), count - 1)
     with jax.set_mesh(model.mesh):
@@ -301,13 +304,12 @@ def clean(model: Model, prompts: Prompts) -> Clean:
       found = _answer(
         model.config, model.params, x, prompts.at[some], prompts.answers[some]
       )
-    kept = min(rows, count - start)
-    final.append(found[0][:kept])
-    parts.append([np.asarray(a)[:kept] for a in found[1:]])
-  log_prob, rank = (
+    parts.append([np.asarray(a)[: count - start] for a in found])
+  final, log_total, top, log_prob, rank = (
     np.concatenate(arrays) for arrays in zip(*parts, strict=True)
   )
-  return Clean(jnp.concatenate(final), log_prob.astype(np.float64), rank)
+  real = prompts.answers >= 0
+  return Clean(final, log_total, top, *_of_answers(log_prob, rank, real))
 
 
 def run(
@@ -337,62 +339,61 @@ def run(
   cfg = model.config
   for name in (target.read, target.write):
     sites.parse(f"blocks.{target.layer}.{name}", cfg)
-  count, several = len(prompts.tokens), len(changes)
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *changes)
-  rows = max(1, ANSWERS // prompts.answers.shape[1])
-  with jax.set_mesh(model.mesh):
-    prefix = jnp.concatenate(
-      [
-        _stream(
-          model,
-          prompts,
-          np.arange(start, min(start + rows, count)),
-          target.layer,
-        )
-        for start in range(0, count, rows)
-      ]
-    )
-  given = {
-    "prefix": prefix,
-    "final": before.final,
-    **{
-      name: getattr(prompts, name)
-      for name in ("mask", "edited", "answers", "at")
-    },
-  }
-  pairs = np.stack(
-    np.meshgrid(np.arange(several), np.arange(count), indexing="ij"), axis=-1
-  ).reshape(-1, 2)
+  (count, width), several = prompts.answers.shape, len(changes)
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *changes)
   static = (cfg, model.attention, target.read, target.write)
-  parts = []
-  for start in range(0, len(pairs), rows):
-    some = pairs[np.minimum(np.arange(start, start + rows), len(pairs) - 1)]
+  at_once = max(1, min(PROMPTS, ANSWERS // width))
+  ways = max(1, ANSWERS // (at_once * width))
+  columns = []
+  for start in range(0, count, at_once):
+    some = np.minimum(np.arange(start, start + at_once), count - 1)
     with jax.set_mesh(model.mesh):
-      found = _changed(
-        static,
-        model.params,
-        as_pytree(target.coefficient),
-        given,
-        stacked,
-        sharding.put_batch(some.astype(np.int32), model.mesh),
-        np.int32(target.layer),
+      prefix = _stream(model, prompts, some, target.layer)
+    given = {
+      name: getattr(side, name)[some]
+      for side, names in (
+        (prompts, ("mask", "edited", "answers", "at")),
+        (before, ("final", "log_total", "top")),
       )
-    kept = min(rows, len(pairs) - start)
-    parts.append([np.asarray(a)[:kept] for a in found])
-    progress(kept)
+      for name in names
+    }
+    parts = []
+    for first in range(0, several, ways):
+      which = np.minimum(np.arange(first, first + ways), several - 1)
+      with jax.set_mesh(model.mesh):
+        found = _changed(
+          static,
+          model.params,
+          as_pytree(target.coefficient),
+          prefix,
+          given,
+          jax.tree.map(lambda a, which=which: a[which], stacked),
+          np.int32(target.layer),
+        )
+      kept = min(ways, several - first)
+      parts.append([np.asarray(a)[:kept] for a in found])
+      progress(kept * min(at_once, count - start))
+    rows = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    columns.append([a[:, : count - start] for a in rows])
   log_prob, kl, rank, flipped = (
-    np.concatenate(arrays).reshape(several, count)
-    for arrays in zip(*parts, strict=True)
+    np.concatenate(arrays, axis=1) for arrays in zip(*columns, strict=True)
   )
-  if not np.isfinite(log_prob).all():
+  real = prompts.answers >= 0
+  total, worst = _of_answers(log_prob, rank, real)
+  if not np.isfinite(total).all():
     raise FloatingPointError(
-      f"{int((~np.isfinite(log_prob)).any(axis=1).sum())} of {several} changes "
+      f"{int((~np.isfinite(total)).any(axis=1).sum())} of {several} changes "
       f"at layer {target.layer} give NaN or infinity. Use smaller doses, or "
       "load the model with dtype='float32'."
     )
-  return Damage(
-    log_prob.astype(np.float64), kl.astype(np.float64), rank, flipped
-  )
+  mean_kl = np.where(real, kl, 0).sum(-1, dtype=np.float64) / real.sum(-1)
+  return Damage(total, mean_kl, worst, (flipped & real).any(-1))
+
+
+def _of_answers(log_prob, rank, real):
+  """Sums of log-probabilities [..., P] and worst ranks of tokens [..., A]."""
+  total = np.where(real, log_prob, 0).sum(-1, dtype=np.float64)
+  return total, np.where(real, rank, 0).max(-1)
 
 
 def _stream(model, prompts, some, last):
@@ -414,31 +415,31 @@ def _prefix(static, params, tokens, mask, last):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _answer(cfg, params, x, at, answers):
-  """The stream that predicts answers, their log-probability, their rank."""
+def _answer(cfg, params, x, at, tokens):
+  """The stream that predicts answers, [P, A, D], and what it predicts."""
   final = jnp.take_along_axis(x, at[..., None], axis=1)
-  log_probs = jax.nn.log_softmax(unembed(cfg, params, final))
-  return (final, *_of_answers(log_probs, answers))
-
-
-def _of_answers(log_probs, answers):
-  """Sum of log-probabilities [B], and the worst rank [B]."""
-  real = answers >= 0
-  own = jnp.take_along_axis(
-    log_probs, jnp.maximum(answers, 0)[..., None], axis=2
-  )
-  rank = jnp.sum(log_probs > own, axis=2)
-  total = jnp.sum(jnp.where(real, own[..., 0], 0), axis=1)
-  return total, jnp.max(jnp.where(real, rank, 0), axis=1)
+  flat = final.reshape(-1, final.shape[-1])
+  found = answers.before(cfg, params, flat, jnp.maximum(tokens, 0).ravel())
+  log_total, log_prob, rank, top = (a.reshape(tokens.shape) for a in found)
+  found = final, log_total, top, log_prob, rank
+  return tuple(map(sharding.replicate, found))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _changed(static, params, coefficient, given, changes, pairs, layer):
-  """log_prob, kl, rank and flipped of rows (change, prompt)."""
+def _changed(static, params, coefficient, prefix, given, change, layer):
+  """log_prob, kl, rank and flipped [K, P, A] of changes on prompts."""
   cfg, attention, read, write = static
-  change = jax.tree.map(lambda a: a[pairs[:, 0]], changes)
-  given = jax.tree.map(lambda a: jnp.asarray(a)[pairs[:, 1]], given)
-  edited = given["edited"][..., None]
+  several, count = len(change.norm_only), len(prefix)
+
+  def each(a):
+    """One for each change and prompt, [K P, ...]."""
+    return jnp.repeat(a, count, axis=0)
+
+  def every(a):
+    return jnp.tile(a, (several, *(1,) * (a.ndim - 1)))
+
+  change = jax.tree.map(each, change)
+  edited = every(given["edited"])[..., None]
 
   def written(value):
     own = coefficient(change.where, value).astype(jnp.float32)
@@ -466,20 +467,24 @@ def _changed(static, params, coefficient, given, changes, pairs, layer):
   x = run_blocks(
     cfg,
     params,
-    given["prefix"],
+    sharding.constrain(every(prefix)),
     layer,
     cfg.num_layers,
-    mask=given["mask"],
+    mask=every(given["mask"]),
     edits=edits,
     attention=attention,
   )
-  final = jnp.take_along_axis(x, given["at"][..., None], axis=1)
-  log_probs = jax.nn.log_softmax(unembed(cfg, params, final))
-  before = jax.nn.log_softmax(unembed(cfg, params, given["final"]))
-  answers = given["answers"]
-  real = answers >= 0
-  kl = jnp.sum(jnp.exp(before) * (before - log_probs), axis=2)
-  kl = jnp.sum(jnp.where(real, kl, 0), axis=1) / jnp.sum(real, axis=1)
-  other = jnp.argmax(before, axis=2) != jnp.argmax(log_probs, axis=2)
-  total, rank = _of_answers(log_probs, answers)
-  return total, kl, rank, jnp.any(real & other, axis=1)
+  final = jnp.take_along_axis(x, every(given["at"])[..., None], axis=1)
+  shape = given["answers"].shape
+  known = answers.Before(
+    given["log_total"].ravel(), None, None, given["top"].ravel()
+  )
+  found = answers.after(
+    cfg,
+    params,
+    final.reshape(several, -1, final.shape[-1]),
+    given["final"].reshape(-1, final.shape[-1]),
+    known,
+    jnp.maximum(given["answers"], 0).ravel(),
+  )
+  return tuple(sharding.replicate(a.reshape(several, *shape)) for a in found)

@@ -201,9 +201,15 @@ def project_directions(
   held = table.blocks.shape[0] * table.blocks.shape[1]
   devices = model.mesh.size
   chunk = max(1, min(HELD // held, -(-len(directions) // devices))) * devices
-  split = NamedSharding(model.mesh, PartitionSpec(model.mesh.axis_names))
+  axes = model.mesh.axis_names
+  split = NamedSharding(model.mesh, PartitionSpec(axes))
   parts = []
   with jax.set_mesh(model.mesh):
+    # One buffer for all chunks: fresh pages would cost a quarter of the time.
+    logits = jnp.zeros(
+      (table.blocks.shape[0], chunk, table.blocks.shape[1]),
+      device=NamedSharding(model.mesh, PartitionSpec(None, axes)),
+    )
     for start in range(0, len(directions), chunk):
       some = directions[start : start + chunk]
       padded = np.zeros((chunk, width), np.float32)
@@ -211,7 +217,8 @@ def project_directions(
       on_mesh = jax.make_array_from_callback(
         padded.shape, split, lambda index, rows=padded: rows[index]
       )
-      found = jax.device_get(_project(top_k, table, on_mesh))
+      found, logits = _project(top_k, table, on_mesh, logits)
+      found = jax.device_get(found)
       parts.append([array[: len(some)] for array in found])
       progress(len(some))
   return Projection(
@@ -234,32 +241,49 @@ def _readout(cfg, table, gain, tokens):
   return Readout(rows, mean, second, tokens, len(tokens))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _project(top_k, table, directions):
-  """The fields of a `Projection`."""
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _project(top_k, table, directions, logits):
+  """The fields of a `Projection`, and the buffer of logits."""
   # The spread is known before any logit: unit logits need no second look.
   second = jnp.matmul(directions, table.second, precision="highest")
   std = jnp.sqrt(jnp.sum(second * directions, axis=1))
   scaled = directions / jnp.where(std > 0, std, 1)[:, None]
   tokens = table.blocks.shape[1]
+  groups = tokens // GROUP
 
-  def step(sums, block):
-    index, rows = block
-    logits = scaled @ rows.T
-    grouped = logits.reshape(len(scaled), GROUP, tokens // GROUP)
-    square = grouped * grouped
-    cube = jnp.sum(square * grouped, axis=1)
-    fourth = jnp.sum(square * square, axis=1)
-    real = index * tokens + jnp.arange(tokens) < table.count
-    real = real.reshape(GROUP, tokens // GROUP)
-    high = jnp.max(jnp.where(real, grouped, -jnp.inf), axis=1)
-    low = jnp.max(jnp.where(real, -grouped, -jnp.inf), axis=1)
-    sums = sums[0] + cube, sums[1] + fourth
-    return sums, (logits, high, low)
+  def step(carry, index, real=None):
+    cube, fourth, held = carry
+    # By index: blocks but the last, as a scan's input, would be a copy.
+    rows = jax.lax.dynamic_index_in_dim(table.blocks, index, 0, keepdims=False)
+    own = scaled @ rows.T
+    held = jax.lax.dynamic_update_index_in_dim(held, own, index, 0)
+    # A loop over members of groups, not a reduction: it runs in cache.
+    ends = []
+    for member in range(GROUP):
+      here = slice(member * groups, (member + 1) * groups)
+      z = own[:, here]
+      square = z * z
+      cube, fourth = cube + square * z, fourth + square * square
+      pair = (z, -z)
+      if real is not None:
+        pair = [jnp.where(real[here], x, -jnp.inf) for x in pair]
+      ends = list(map(jnp.maximum, ends, pair)) if ends else list(pair)
+    return (cube, fourth, held), tuple(ends)
 
-  zero = jnp.zeros((len(scaled), tokens // GROUP), jnp.float32)
-  (cube, fourth), (logits, high, low) = jax.lax.scan(
-    step, (zero, zero), (jnp.arange(len(table.blocks)), table.blocks)
+  zero = jnp.zeros((len(scaled), groups), jnp.float32)
+  last = len(table.blocks) - 1
+  carry, (high, low) = jax.lax.scan(
+    step, (zero, zero, logits), jnp.arange(last)
+  )
+  # Only the last block has rows that are no tokens.
+  (cube, fourth, logits), ends = step(
+    carry,
+    last,
+    last * tokens + jnp.arange(tokens) < table.count,
+  )
+  high, low = (
+    jnp.concatenate([some, one[None]])
+    for some, one in zip((high, low), ends, strict=True)
   )
   skew = jnp.sum(cube, axis=1) / table.count
   kurtosis = jnp.where(std > 0, jnp.sum(fourth, axis=1) / table.count - 3, 0)
@@ -274,9 +298,8 @@ def _project(top_k, table, directions):
     values, place = jax.lax.top_k(values, top_k)
     slots = jnp.take_along_axis(slots, place, axis=1)
     ends += [table.tokens[slots], sign * values * std[:, None] + mean[:, None]]
-  return tuple(
-    sharding.replicate(x) for x in (*ends, mean, std, skew, kurtosis)
-  )
+  fields = (*ends, mean, std, skew, kurtosis)
+  return tuple(map(sharding.replicate, fields)), logits
 
 
 def _candidates(extremes, top_k, tokens):

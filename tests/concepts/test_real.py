@@ -34,20 +34,20 @@ KURTOSIS = {
 ANIMALS = "cat dog horse cow pig sheep goat duck lion tiger wolf bear"
 TOOLS = "hammer knife rope table chair bottle spoon shirt shoe paper key box"
 SENTENCES = (
-  "At the zoo the children stood before the cage of the",
-  "The farmer opened the gate and out ran a",
-  "In the forest at night we heard the cry of a",
-  "The vet looked at the sick",
-  "She has always wanted to keep a",
-  "The hunter followed the tracks of the",
+  "The word that she wrote on the first line was",
+  "He said it twice, and then he said",
+  "On the cover of the book there is a",
+  "The picture on the left shows the",
+  "Our teacher asked us to spell",
+  "The answer to the last question is",
 )
 OTHERS = (
-  "The carpenter took from his bag a",
-  "On the desk in the office there was a",
-  "In the shop they sold him a",
-  "She lost it and had to buy another",
-  "The waiter came back with a",
-  "At the bottom of the drawer lay a",
+  "In the second row of the list you can read",
+  "What they sold us yesterday was a",
+  "Nobody in the room had ever seen a",
+  "After the meeting we talked about the",
+  "Under the heading there is a drawing of a",
+  "The first thing that came to his mind was a",
 )
 
 
@@ -86,11 +86,10 @@ def test_kurtosis_by_layer_is_that_of_the_reference(model, normal):
       for rows in (vectors, null)
     )
     got = (*np.quantile(own, (0.5, 0.95, 0.99)), own.max())
-    np.testing.assert_allclose(got[:2], expected[:2], rtol=0.1, atol=0.02)
-    np.testing.assert_allclose(got[2], expected[2], rtol=0.2)
-    np.testing.assert_allclose(got[3], expected[3], rtol=0.35)
+    np.testing.assert_allclose(got, expected[:4], rtol=0.02, atol=0.006)
+    # The random directions are others.
     threshold = np.quantile(random, 0.99)
-    np.testing.assert_allclose(threshold, expected[4], rtol=0.35)
+    np.testing.assert_allclose(threshold, expected[4], rtol=0.25)
     above[layer] = np.mean(own > threshold)
   assert max(above[1], above[5]) < 0.05
   assert above[12] > 0.25
@@ -105,7 +104,7 @@ def prompts(model):
     (SENTENCES, ANIMALS.split()),
     (OTHERS, TOOLS.split()),
   ):
-    for i, name in enumerate(names.split()):
+    for i, name in enumerate(names):
       rows.append(model.tokenizer(sentences[i % 6])["input_ids"])
       answers.append(ids("▁" + name))
   length = max(map(len, rows))
@@ -152,7 +151,23 @@ def planted(request, model, prompts):
   return sign, dataclasses.replace(model, params=params)
 
 
-def test_a_planted_concept_is_ranked_first_with_its_sign(planted, words):
+@pytest.fixture(scope="module")
+def reference(model, words):
+  unit = coherence.embeddings(np.asarray(model.params["embed"]), words.usable)
+  strata = coherence.strata(words.usable, words.script)
+  return scoring.Reference(
+    words,
+    lexicon.fit(lexicon.load(), words),
+    unit,
+    strata,
+    coherence.fit(unit, strata),
+    None,
+  )
+
+
+def test_a_planted_concept_is_ranked_first_with_its_sign(
+  planted, words, reference
+):
   sign, model = planted
   table = concepts.readout(model, np.flatnonzero(words.usable))
   vectors = np.asarray(concepts.value_vectors(model, LAYER))[:400]
@@ -163,16 +178,6 @@ def test_a_planted_concept_is_ranked_first_with_its_sign(planted, words):
     )
     for rows in (vectors, null)
   ]
-  unit = coherence.embeddings(np.asarray(model.params["embed"]), words.usable)
-  strata = coherence.strata(words.usable, words.script)
-  reference = scoring.Reference(
-    words,
-    lexicon.fit(lexicon.load(), words),
-    unit,
-    strata,
-    coherence.fit(unit, strata),
-    None,
-  )
   tails = [
     scoring.above(sides[0].tail, sides[1].tail),
     scoring.among(sides[1].tail),

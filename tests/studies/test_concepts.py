@@ -89,7 +89,7 @@ def alike(tokenizer, params) -> None:
     names = ["Ġ" + word for word in followed.split()]
     ids = tokenizer.convert_tokens_to_ids(names)
     for name in ("embed", "unembed"):
-      params[name][ids] += rng.normal(size=64) / 6
+      params[name][ids] += rng.normal(size=64) / 8
 
 
 def plant(model, params) -> None:
@@ -108,8 +108,8 @@ def plant(model, params) -> None:
   for neuron, (announced, followed, sign) in PLANTED.items():
     here = tokens.ravel() == ids("Ġ" + announced)
     assert here.sum() > 5
-    gate = np.linalg.lstsq(rows, np.where(here, 6.0, -4.0), rcond=None)[0]
-    up = np.linalg.lstsq(rows, np.full(len(rows), 1.0 * sign), rcond=None)[0]
+    gate = np.linalg.lstsq(rows, np.where(here, 6.0, -9.0), rcond=None)[0]
+    up = np.linalg.lstsq(rows, np.where(here, 2.0 * sign, 0), rcond=None)[0]
     said = table[[ids("Ġ" + word) for word in followed.split()]].mean(0)
     vector = sign * (said - table.mean(0)) / params["final_norm"]
     blocks["gate"][LAYER][:, neuron] = gate

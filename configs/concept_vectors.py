@@ -6,7 +6,7 @@
   python -m launch.run --config=configs/concept_vectors.py:gemma3_1b
 
 All 36,864 value vectors are projected to the vocabulary and scored without a
-language model as a judge; the best 100 are damaged on prompts that the text
+language model as a judge; the 60 likeliest are damaged on prompts that the text
 holds, beside neurons, random directions and prompts that should not matter.
 "gemma3_1b" takes Gemma 3 1B from the hub, on a GPU.
 """
@@ -50,8 +50,8 @@ def get_config(arg: str = "") -> ConfigDict:
   c.score.keep = 300
 
   c.damage = ConfigDict()
-  c.damage.max_vectors = 100
-  c.damage.random = 40
+  c.damage.max_vectors = 60
+  c.damage.random = 30
   c.damage.prompts = 24
   c.damage.least = 10
   c.damage.context = 32
@@ -62,7 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.damage.draws = 9_999
   c.damage.matrix = 20
   c.damage.matrix_prompts = 8
-  c.damage.dose_vectors = 10
+  c.damage.dose_vectors = 6
   c.damage.factors = (1.0, 0.5, 0.0, -1.0, -2.0)
   c.damage.noise = (0.25, 0.5, 1.0, 2.0)
   c.damage.noise_seeds = 8

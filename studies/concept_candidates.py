@@ -48,6 +48,7 @@ class Table:
   Attributes:
     layer: int32 [n], of each vector.
     unit: int32 [n].
+    std: float64 [n], of the logits.
     kurtosis: float64 [n].
     skew: float64 [n].
     kurtosis_z: float64 [n], against the layer's random directions.
@@ -58,6 +59,7 @@ class Table:
 
   layer: np.ndarray
   unit: np.ndarray
+  std: np.ndarray
   kurtosis: np.ndarray
   skew: np.ndarray
   kurtosis_z: np.ndarray
@@ -269,6 +271,7 @@ def _table(layers, side, found, evidence, scores) -> Table:
   return Table(
     numbers,
     units.astype(np.int32),
+    np.concatenate([one.std for one in projected]).astype(np.float64),
     np.concatenate([one.kurtosis for one in projected]).astype(np.float64),
     np.concatenate([one.skew for one in projected]).astype(np.float64),
     of_null(scoring.normal_z),

@@ -14,9 +14,10 @@ DEFINITIONS = {
   "mass": "Mean of the coefficient's absolute value.",
   "positive": "Share of the mass with positive coefficients.",
   "agreement": (
-    "Share of the top contexts in which the token at the peak or the next one "
-    "is one of the words."
+    "Share of the contexts with the largest coefficients in which one of the "
+    "words comes next."
   ),
+  "agreement_peak": "The same, of the token at the peak.",
 }
 BEFORE, AFTER = 12, 4  # tokens of a context around the one that counts
 NUMBERS = ("kurtosis", "skew", "kurtosis_z", "kurtosis_q")
@@ -50,7 +51,6 @@ class Describe:
     columns = {name: values[row] for name, values in table.columns.items()}
     category = int(columns["category"])
     at = (layer, unit)
-    contexts, agreement = self._contexts(row)
     return {
       "row": row,
       "layer": layer,
@@ -69,8 +69,9 @@ class Describe:
       "mean": _number(self.used.mean[at]),
       "mass": _number(self.used.mass[at]),
       "positive": _number(self.used.positive[at]),
-      "contexts": contexts,
-      "agreement": agreement,
+      "contexts": self._contexts(row),
+      "agreement": self.agreement(row),
+      "agreement_peak": self.agreement(row, 0),
     }
 
   def brief(self, row: int) -> dict[str, Any]:
@@ -89,18 +90,38 @@ class Describe:
     tokens = self.table.tokens[row]
     return self.tokenizer.batch_decode([[t] for t in tokens[tokens >= 0]])
 
-  def _contexts(self, row: int) -> tuple[list[dict], float | None]:
-    """Where the coefficient is largest, and how often its words are there."""
+  def agreement(self, row: int, ahead: int = 1) -> float:
+    """Share of the top contexts with one of the words near the peak.
+
+    Args:
+      row: of the table.
+      ahead: 1 looks at the token behind the peak, 0 at the peak itself.
+    """
+    values, places = self._peaks(row)
+    if not len(values):
+      return 0.0
+    tokens = self.table.tokens[row]
+    own = np.unique(self.words.family[tokens[tokens >= 0]])
+    window, position = places.T
+    length = self.windows.tokens.shape[1]
+    at = np.minimum(position + ahead, length - 1)
+    inside = position + ahead < length
+    near = self.words.family[self.windows.tokens[window, at]]
+    return float(np.mean(inside & np.isin(near, own)))
+
+  def _peaks(self, row: int):
+    """Coefficients of the row's sign, and window and position of each."""
     vector, end = divmod(row, 2)
     at = (int(self.table.layer[vector]), int(self.table.unit[vector]))
     values = (self.used.high, self.used.low)[end][at]
     places = (self.used.high_at, self.used.low_at)[end][at]
-    tokens = self.table.tokens[row]
-    own = np.unique(self.words.family[tokens[tokens >= 0]])
-    out, hits = [], []
-    for value, (window, position) in zip(values, places, strict=True):
-      if not np.isfinite(value) or value * (1 - 2 * end) <= 0:
-        continue
+    there = np.isfinite(values) & (values * (1 - 2 * end) > 0)
+    return values[there], places[there]
+
+  def _contexts(self, row: int) -> list[dict[str, Any]]:
+    """Where the coefficient is largest: text before, there, and after."""
+    out = []
+    for value, (window, position) in zip(*self._peaks(row), strict=True):
       line = self.windows.tokens[window]
       start = max(0, position - BEFORE)
       pieces = [
@@ -112,9 +133,7 @@ class Describe:
         )
       ]
       out.append({"coefficient": float(value), "text": pieces})
-      near = self.words.family[line[position : position + 2]]
-      hits.append(bool(np.isin(near, own).any()))
-    return out, float(np.mean(hits)) if hits else None
+    return out
 
 
 def _number(x) -> float | None:

@@ -180,7 +180,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     windows["train"],
   )
   threshold = config["score"]["threshold"]
-  chosen = _chosen(table, used, threshold)
+  chosen = _chosen(table, used, threshold, describe)
   if not chosen.size:
     best = describe.row(int(np.argmax(table.columns["score"])))
     raise ValueError(
@@ -293,13 +293,20 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chosen(
-  table: candidates.Table, used: usage.Usage, threshold: float
+  table: candidates.Table,
+  used: usage.Usage,
+  threshold: float,
+  describe: concept_rows.Describe,
 ) -> np.ndarray:
-  """Rows that score enough, in the sign that is used, best first."""
+  """Rows that score enough in the sign that is used, the likeliest first.
+
+  Those whose words follow where the neuron is most active come first, and
+  then those that write most: of text that no test is made on.
+  """
   positive = used.positive[table.layer, table.unit] >= 0.5
   signs = np.stack([positive, ~positive], axis=1).ravel()
   kept = np.flatnonzero((table.columns["score"] >= threshold) & signs)
-  order = np.lexsort(
-    (-table.columns["total"][kept], -table.columns["score"][kept])
-  )
-  return kept[order]
+  agreement = np.array([describe.agreement(row) for row in kept.tolist()])
+  mass = used.mass[table.layer, table.unit][kept // 2]
+  written = mass * table.std[kept // 2] * table.columns["tail"][kept]
+  return kept[np.lexsort((-written, -agreement))]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gemma_jax import progress
-from gemma_jax.concepts import damage
+from gemma_jax.concepts import damage, interventions
 from studies.concept_validation import PARTS, Bench, Candidate
 
 DEFINITIONS = {
@@ -64,7 +64,9 @@ def matrix(bench: Bench, chosen: Sequence[Candidate], count: int) -> np.ndarray:
   rows = []
   with progress.bar(len(chosen), "matrix", unit="vectors") as bar:
     for one in chosen:
-      change = damage.set_to(bench.target(one), bench.mean(one.layer, one.unit))
+      change = interventions.set_to(
+        bench.target(one), bench.mean(one.layer, one.unit)
+      )
       found = damage.run(
         bench.model, prompts, before, bench.target(one), [change]
       )
@@ -79,9 +81,9 @@ def doses(bench: Bench, candidate: Candidate) -> dict[str, Any]:
   config = bench.config
   target = bench.target(candidate)
   prompts, before, parts = bench.prompts(candidate, bench.places(candidate))
-  scales = {f: damage.scale(target, f) for f in config["factors"]}
+  scales = {f: interventions.scale(target, f) for f in config["factors"]}
   noises = {
-    (r, s): damage.noise(target, r, s)
+    (r, s): interventions.noise(target, r, s)
     for r in config["noise"]
     for s in range(config["noise_seeds"])
   }
@@ -153,8 +155,8 @@ def groups(
     before = damage.clean(bench.model, prompts)
 
     def lost(units, prompts=prompts, before=before, layer=layer):
-      target = damage.neurons(bench.model, layer, units)
-      change = damage.set_to(target, bench.used.mean[layer, units])
+      target = interventions.neurons(bench.model, layer, units)
+      change = interventions.set_to(target, bench.used.mean[layer, units])
       found = damage.run(bench.model, prompts, before, target, [change])
       return float(
         np.mean((before.log_prob - found.log_prob[0]) / prompts.num_bytes)

@@ -11,8 +11,16 @@ from typing import Any
 import numpy as np
 
 from gemma_jax import data, models, progress, statistics
-from gemma_jax.concepts import damage, lexemes, mining, specificity, usage
-from gemma_jax.concepts.damage import Change, Clean, Prompts, Target
+from gemma_jax.concepts import (
+  damage,
+  interventions,
+  lexemes,
+  mining,
+  specificity,
+  usage,
+)
+from gemma_jax.concepts.damage import Clean, Prompts
+from gemma_jax.concepts.interventions import Change, Target
 from gemma_jax.data import vocabulary
 from studies.concept_candidates import Layer, Table, raw_null
 from trainers import fields
@@ -170,7 +178,7 @@ class Bench:
 
   def target(self, candidate: Candidate) -> Target:
     """The neuron's coefficient with the candidate's vector."""
-    own = damage.neurons(self.model, candidate.layer, [candidate.unit])
+    own = interventions.neurons(self.model, candidate.layer, [candidate.unit])
     return dataclasses.replace(own, vectors=candidate.vector[None])
 
   def in_place(self, candidate: Candidate) -> Candidate:
@@ -206,20 +214,22 @@ def changes(bench: Bench, candidate: Candidate) -> dict[str, Change]:
   config, target = bench.config, bench.target(candidate)
   mean = bench.mean(candidate.layer, candidate.unit)
   out = {
-    PRIMARY: damage.set_to(target, mean),
-    "zero": damage.scale(target, 0),
-    "norm_only": damage.norm_only(target, mean),
+    PRIMARY: interventions.set_to(target, mean),
+    "zero": interventions.scale(target, 0),
+    "norm_only": interventions.norm_only(target, mean),
   }
   drawn = [
-    damage.random_directions(target, seed=1_000 * candidate.row + i)
+    interventions.random_directions(target, seed=1_000 * candidate.row + i)
     for i in range(config["controls"])
   ]
-  out["replace"] = damage.replace(target, drawn[0])
+  out["replace"] = interventions.replace(target, drawn[0])
   for i, other in enumerate(bench.like(candidate, config["controls"])):
-    near = damage.neurons(bench.model, candidate.layer, [other])
-    out[f"neuron_{i}"] = damage.set_to(near, bench.mean(candidate.layer, other))
+    near = interventions.neurons(bench.model, candidate.layer, [other])
+    out[f"neuron_{i}"] = interventions.set_to(
+      near, bench.mean(candidate.layer, other)
+    )
   for i, vectors in enumerate(drawn):
-    out[f"random_{i}"] = damage.set_to(target, mean, vectors)
+    out[f"random_{i}"] = interventions.set_to(target, mean, vectors)
   return out
 
 

@@ -15,7 +15,7 @@ import gemma_jax
 from gemma_jax.activations import ActivationStore, layout
 
 ROOT = pathlib.Path(gemma_jax.__file__).parent.parent
-KILLS = int(os.environ.get("GEMMA_JAX_KILLS", "3"))
+KILLS = int(os.environ.get("GEMMA_JAX_KILLS", "2"))
 TOKENS = 150_000
 
 JOB = """

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_jax import models
-from gemma_jax.concepts import damage
+from gemma_jax.concepts import damage, interventions
 from gemma_jax.models import edits
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -90,19 +90,19 @@ def test_the_clean_model_is_the_model(model, prompts):
 
 def test_changes_are_those_of_changed_weights(model, prompts):
   """Zero, scaled, replaced, noisy, and two at once."""
-  one = damage.neurons(model, LAYER, [NEURON])
-  two = damage.neurons(model, LAYER, [NEURON, 11])
-  other = damage.random_directions(one, seed=3)
-  noise = damage.noise(one, 0.5, seed=4)
+  one = interventions.neurons(model, LAYER, [NEURON])
+  two = interventions.neurons(model, LAYER, [NEURON, 11])
+  other = interventions.random_directions(one, seed=3)
+  noise = interventions.noise(one, 0.5, seed=4)
   np.testing.assert_allclose(
     np.linalg.norm(other), np.linalg.norm(one.vectors), rtol=1e-5
   )
   cases = [
-    (one, damage.scale(one, 0), [NEURON], 0 * one.vectors),
-    (one, damage.scale(one, -2), [NEURON], -2 * one.vectors),
-    (one, damage.replace(one, other), [NEURON], other),
+    (one, interventions.scale(one, 0), [NEURON], 0 * one.vectors),
+    (one, interventions.scale(one, -2), [NEURON], -2 * one.vectors),
+    (one, interventions.replace(one, other), [NEURON], other),
     (one, noise, [NEURON], one.vectors + noise.vectors),
-    (two, damage.scale(two, 0), [NEURON, 11], 0 * two.vectors),
+    (two, interventions.scale(two, 0), [NEURON, 11], 0 * two.vectors),
   ]
   before = damage.clean(model, prompts)
   clean = log_probs(model, prompts)
@@ -122,12 +122,12 @@ def test_changes_are_those_of_changed_weights(model, prompts):
 
 
 def test_a_batch_of_changes_is_each_of_them(gemma_tiny, prompts, monkeypatch):
-  target = damage.neurons(gemma_tiny, LAYER, [NEURON])
+  target = interventions.neurons(gemma_tiny, LAYER, [NEURON])
   changes = [
-    damage.scale(target, 0),
-    damage.set_to(target, [0.7]),
-    damage.norm_only(target, [0.7]),
-    *(damage.noise(target, 2.0, seed) for seed in range(3)),
+    interventions.scale(target, 0),
+    interventions.set_to(target, [0.7]),
+    interventions.norm_only(target, [0.7]),
+    *(interventions.noise(target, 2.0, seed) for seed in range(3)),
   ]
   before = damage.clean(gemma_tiny, prompts)
   together = damage.run(gemma_tiny, prompts, before, target, changes)
@@ -145,10 +145,10 @@ def test_a_batch_of_changes_is_each_of_them(gemma_tiny, prompts, monkeypatch):
 
 
 def test_a_mean_takes_the_coefficients_place(model, prompts):
-  target = damage.neurons(model, LAYER, [NEURON])
+  target = interventions.neurons(model, LAYER, [NEURON])
   before = damage.clean(model, prompts)
   got = damage.run(
-    model, prompts, before, target, [damage.set_to(target, [0.3])]
+    model, prompts, before, target, [interventions.set_to(target, [0.3])]
   )
   found = log_probs(
     model,
@@ -161,11 +161,11 @@ def test_a_mean_takes_the_coefficients_place(model, prompts):
 
 
 def test_positions_that_are_not_edited_stay(gemma_tiny, prompts):
-  target = damage.neurons(gemma_tiny, LAYER, [NEURON])
+  target = interventions.neurons(gemma_tiny, LAYER, [NEURON])
   nowhere = dataclasses.replace(prompts, edited=np.zeros_like(prompts.edited))
   before = damage.clean(gemma_tiny, prompts)
   got = damage.run(
-    gemma_tiny, nowhere, before, target, [damage.scale(target, 0)]
+    gemma_tiny, nowhere, before, target, [interventions.scale(target, 0)]
   )
   np.testing.assert_allclose(got.log_prob[0], before.log_prob, atol=1e-5)
   np.testing.assert_allclose(got.kl, 0, atol=1e-6)
@@ -173,10 +173,10 @@ def test_positions_that_are_not_edited_stay(gemma_tiny, prompts):
 
 
 def test_the_norms_share_is_only_a_scale(model, prompts):
-  target = damage.neurons(model, LAYER, [NEURON])
+  target = interventions.neurons(model, LAYER, [NEURON])
   before = damage.clean(model, prompts)
   got = damage.run(
-    model, prompts, before, target, [damage.norm_only(target, [40.0])]
+    model, prompts, before, target, [interventions.norm_only(target, [40.0])]
   )
   if "post_mlp_norm" not in model.params["blocks"]:
     np.testing.assert_allclose(got.log_prob[0], before.log_prob, atol=1e-5)
@@ -207,9 +207,11 @@ def test_the_norms_share_is_only_a_scale(model, prompts):
 
 def test_a_direction_is_projected_out(model, prompts):
   vector = np.random.default_rng(5).normal(size=model.config.width)
-  target = damage.direction(LAYER, "resid_post", 9 * vector)
+  target = interventions.direction(LAYER, "resid_post", 9 * vector)
   before = damage.clean(model, prompts)
-  got = damage.run(model, prompts, before, target, [damage.scale(target, 0)])
+  got = damage.run(
+    model, prompts, before, target, [interventions.scale(target, 0)]
+  )
   found = log_probs(
     model, prompts, {f"blocks.{LAYER}.resid_post": edits.project_out(vector)}
   )
@@ -226,12 +228,12 @@ def test_latents_of_a_dictionary_are_damaged_likewise(gemma_tiny, prompts):
   def encode(x):
     return jax.nn.relu(x @ encoder)
 
-  target = damage.latents(
+  target = interventions.latents(
     LAYER, "mlp_in", "mlp_out", encode, [2, 5], decoder[[2, 5]]
   )
   before = damage.clean(gemma_tiny, prompts)
   got = damage.run(
-    gemma_tiny, prompts, before, target, [damage.scale(target, 0)]
+    gemma_tiny, prompts, before, target, [interventions.scale(target, 0)]
   )
   found = log_probs(
     gemma_tiny,
@@ -250,14 +252,14 @@ def test_latents_of_a_dictionary_are_damaged_likewise(gemma_tiny, prompts):
 
 def test_a_part_of_a_vector_can_be_taken_away(gemma_tiny, prompts):
   """As features are: minus the vector's part in the span of some of them."""
-  target = damage.neurons(gemma_tiny, LAYER, [NEURON])
+  target = interventions.neurons(gemma_tiny, LAYER, [NEURON])
   features = np.linalg.qr(
     np.random.default_rng(7).normal(size=(gemma_tiny.config.width, 4))
   )[0]
   part = target.vectors @ features @ features.T
   before = damage.clean(gemma_tiny, prompts)
   got = damage.run(
-    gemma_tiny, prompts, before, target, [damage.add(target, -part)]
+    gemma_tiny, prompts, before, target, [interventions.add(target, -part)]
   )
   found = log_probs(
     gemma_tiny,
@@ -276,23 +278,28 @@ def test_eight_devices_and_one_do_the_same_damage(gemma_tiny, prompts):
   )
   found = []
   for model in (gemma_tiny, wide):
-    target = damage.neurons(model, LAYER, [NEURON])
+    target = interventions.neurons(model, LAYER, [NEURON])
     before = damage.clean(model, prompts)
-    changes = [damage.scale(target, 0), damage.noise(target, 1.0, 0)]
+    changes = [
+      interventions.scale(target, 0),
+      interventions.noise(target, 1.0, 0),
+    ]
     found.append(damage.run(model, prompts, before, target, changes))
   np.testing.assert_allclose(found[0].log_prob, found[1].log_prob, atol=1e-4)
 
 
 def test_what_cannot_be_damaged_is_refused(gemma_tiny, prompts):
   with pytest.raises(ValueError, match=r"neurons must be some of 0\.\.95"):
-    damage.neurons(gemma_tiny, LAYER, [96])
+    interventions.neurons(gemma_tiny, LAYER, [96])
   with pytest.raises(ValueError, match="finite vector"):
-    damage.direction(LAYER, "resid_post", np.zeros(48))
+    interventions.direction(LAYER, "resid_post", np.zeros(48))
   before = damage.clean(gemma_tiny, prompts)
-  target = damage.direction(LAYER, "resid_past", np.ones(48))
+  target = interventions.direction(LAYER, "resid_past", np.ones(48))
   with pytest.raises(ValueError, match="there is no 'resid_past'"):
-    damage.run(gemma_tiny, prompts, before, target, [damage.scale(target, 0)])
-  target = damage.neurons(gemma_tiny, LAYER, [NEURON])
-  broken = damage.add(target, np.full_like(target.vectors, np.inf))
+    damage.run(
+      gemma_tiny, prompts, before, target, [interventions.scale(target, 0)]
+    )
+  target = interventions.neurons(gemma_tiny, LAYER, [NEURON])
+  broken = interventions.add(target, np.full_like(target.vectors, np.inf))
   with pytest.raises(FloatingPointError, match="1 of 1 changes at layer 2"):
     damage.run(gemma_tiny, prompts, before, target, [broken])

@@ -10,6 +10,7 @@ from gemma_jax import concepts, models
 from gemma_jax.concepts import (
   coherence,
   damage,
+  interventions,
   lexemes,
   lexicon,
   projection,
@@ -165,6 +166,7 @@ def reference(model, words):
   )
 
 
+@pytest.mark.slow
 def test_a_planted_concept_is_ranked_first_with_its_sign(
   planted, words, reference
 ):
@@ -190,13 +192,15 @@ def test_a_planted_concept_is_ranked_first_with_its_sign(
   assert reference.lexicon.names[own.category[row]] == "animals"
 
 
+@pytest.mark.slow
 def test_damage_to_a_planted_concept_moves_only_its_prompts(planted, prompts):
   _, model = planted
-  target = damage.neurons(model, LAYER, [NEURON])
+  target = interventions.neurons(model, LAYER, [NEURON])
   like = [NEURON + 1 + i for i in range(8)]
-  changes = [damage.scale(target, 0)]
+  changes = [interventions.scale(target, 0)]
   changes += [
-    damage.scale(damage.neurons(model, LAYER, [other]), 0) for other in like
+    interventions.scale(interventions.neurons(model, LAYER, [other]), 0)
+    for other in like
   ]
   before = damage.clean(model, prompts)
   found = damage.run(model, prompts, before, target, changes)

@@ -47,6 +47,7 @@ def test_logits_and_every_site_equal_hugging_face_beyond_the_window(
   assert max(worst.values()) < 1e-4, worst
 
 
+@pytest.mark.slow
 def test_greedy_continuations_of_a_padded_batch_agree_for_64_tokens(
   theirs, ours, tokens
 ):

@@ -71,6 +71,7 @@ def run_to_end(workdir, cache, steps):
   return (workdir / "dictionary/dictionary.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_runs_killed_at_random_moments_end_bit_for_bit_as_one_left_alone(
   tmp_path,
 ):

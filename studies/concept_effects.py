@@ -70,7 +70,7 @@ def matrix(bench: Bench, chosen: Sequence[Candidate], count: int) -> np.ndarray:
       found = damage.run(
         bench.model, prompts, before, bench.target(one), [change]
       )
-      lost = (before.log_prob - found.log_prob[0]) / prompts.num_bytes
+      (lost,) = damage.losses(prompts, before, found)
       rows.append([part.mean() for part in np.split(lost, cuts)])
       bar.update()
   return np.array(rows)
@@ -94,7 +94,7 @@ def doses(bench: Bench, candidate: Candidate) -> dict[str, Any]:
     target,
     [*scales.values(), *noises.values()],
   )
-  lost = (before.log_prob - found.log_prob) / prompts.num_bytes
+  lost = damage.losses(prompts, before, found)
 
   def means(rows):
     return {
@@ -158,9 +158,7 @@ def groups(
       target = interventions.neurons(bench.model, layer, units)
       change = interventions.set_to(target, bench.used.mean[layer, units])
       found = damage.run(bench.model, prompts, before, target, [change])
-      return float(
-        np.mean((before.log_prob - found.log_prob[0]) / prompts.num_bytes)
-      )
+      return float(damage.losses(prompts, before, found).mean())
 
     out.append(
       {

@@ -5,7 +5,7 @@ import itertools
 import json
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -242,7 +242,7 @@ def assess(
   found = damage.run(
     bench.model, prompts, before, bench.target(candidate), list(made.values())
   )
-  lost = (before.log_prob - found.log_prob) / prompts.num_bytes
+  lost = damage.losses(prompts, before, found)
   rows = {}
   for i, name in enumerate(made):
     own = {part: lost[i, where] for part, where in parts.items()}
@@ -319,9 +319,8 @@ def of_rows(
   rows: np.ndarray,
   vectors: Mapping[int, np.ndarray],
   tops: Mapping[int, tuple[np.ndarray, np.ndarray]],
-  units: np.ndarray | None = None,
-) -> list[Candidate]:
-  """Rows of a table as candidates.
+) -> Iterator[Candidate]:
+  """Rows of a table as candidates, one by one: few of many are looked at.
 
   Args:
     table: of vectors, or of random directions.
@@ -329,27 +328,22 @@ def of_rows(
     rows: of 2n, which sign of which vector.
     vectors: layer -> what its rows write, by `table.unit`.
     tops: layer -> top and bottom tokens of its rows, by place in the layer.
-    units: neurons whose coefficients are used; None for `table.unit`.
   """
   first = {l: int(np.argmax(table.layer == l)) for l in vectors}
-  out = []
   for row in rows.tolist():
     vector, end = divmod(row, 2)
     layer, unit = int(table.layer[vector]), int(table.unit[vector])
     tokens = tops[layer][end][vector - first[layer]]
     families = words.family[table.tokens[row][table.tokens[row] >= 0]]
     own = tokens[np.isin(words.family[tokens], families)]
-    out.append(
-      Candidate(
-        row,
-        layer,
-        unit if units is None else int(units[vector]),
-        1 - 2 * end,
-        np.asarray(vectors[layer][unit], np.float32),
-        own,
-      )
+    yield Candidate(
+      row,
+      layer,
+      unit,
+      1 - 2 * end,
+      np.asarray(vectors[layer][unit], np.float32),
+      own,
     )
-  return out
 
 
 def stage(
@@ -371,8 +365,8 @@ def stage(
     folder: of the files of each.
 
   Returns:
-    For both, "examined", "testable" and the "rows", each with its candidate's
-    `row`, its q and whether it `passes`.
+    For both, how many rows were "examined", the "candidates" that were tested,
+    and their "rows", each with its `row`, its q and whether it `passes`.
   """
   out = {}
   for side, table in tables.items():

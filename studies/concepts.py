@@ -7,7 +7,6 @@ on like prompts, and beside neurons and directions that should not matter.
 """
 
 import dataclasses
-import json
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from gemma_jax.concepts import lexemes, lexicon, scoring, usage
 from gemma_jax.report import concepts as report
 from studies import concept_candidates as candidates
 from studies import concept_effects as effects
-from studies import concept_rows
+from studies import concept_rows, jobs
 from studies import concept_validation as validation
 from trainers import dictionary, fields, stores
 
@@ -69,7 +68,7 @@ FIELDS = {
 
 def plan(config: Mapping[str, Any]) -> dict[str, Any]:
   """What would be done, for `--dry_run`."""
-  config = _plain(config)
+  config = jobs.plain(config)
   directory, cfg, layers = prepare(config)
   vectors = len(layers) * min(
     config["project"]["max_vectors"] or cfg.mlp_width, cfg.mlp_width
@@ -144,7 +143,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     ValueError: what `prepare` refuses; a threshold that no vector reaches.
   """
   workdir = pathlib.Path(workdir)
-  config = _plain(config)
+  config = jobs.plain(config)
   directory, cfg, layers = prepare(config)
   fields.claim(workdir, config)
   sides = stores.windows(config["data"], directory, cfg)
@@ -286,10 +285,6 @@ def _by_layer(table, chosen, rows) -> list[dict[str, int]]:
     }
     for layer in np.unique(table.layer).tolist()
   ]
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-  return json.loads(json.dumps(dict(config), default=dict))
 
 
 def _chosen(

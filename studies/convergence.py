@@ -68,7 +68,7 @@ CONTROL_SEED = 90_001  # of the redrawn weights that are the floor
 
 def plan(config: Mapping[str, Any]) -> dict[str, Any]:
   """What would be done, for `--dry_run`."""
-  config = _plain(config)
+  config = jobs.plain(config)
   found, pairs = prepare(config)
   asked = {name: f"@{name}" for name in config["dictionaries"]}
   models = _subjects(config, asked)
@@ -183,7 +183,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
     The contents of results.json.
   """
   workdir = pathlib.Path(workdir)
-  config = _plain(config)
+  config = jobs.plain(config)
   found, pairs = prepare(config)
   fields.claim(workdir, config)
   _same_prompts(workdir / "prompts.json", found)
@@ -373,7 +373,3 @@ def _about(one: Subject) -> dict[str, Any]:
 def _count(found: Sequence[Prompt]) -> dict[str, int]:
   names = [prompt.capability for prompt in found]
   return {name: names.count(name) for name in dict.fromkeys(names)}
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-  return json.loads(json.dumps(dict(config), default=dict))

@@ -11,6 +11,11 @@ from trainers import dictionary
 log = logging.getLogger("gemma_jax")
 
 
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A config as JSON gives it back: no ConfigDict, tuples are lists."""
+  return json.loads(json.dumps(dict(config), default=dict))
+
+
 def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict:
   """A deep copy of a config with `{"train.steps": 20}` and the like set."""
   out = json.loads(json.dumps(dict(config)))

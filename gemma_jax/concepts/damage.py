@@ -175,6 +175,11 @@ def run(
   return Damage(total, mean_kl, worst, (flipped & real).any(-1))
 
 
+def losses(prompts: Prompts, before: Clean, found: Damage) -> np.ndarray:
+  """Log-probability that answers lost, nats per byte, float64 [K, P]."""
+  return (before.log_prob - found.log_prob) / prompts.num_bytes
+
+
 def _of_answers(log_prob, rank, real):
   """Sums of log-probabilities [..., P] and worst ranks of tokens [..., A]."""
   total = np.where(real, log_prob, 0).sum(-1, dtype=np.float64)

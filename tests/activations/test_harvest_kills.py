@@ -92,6 +92,7 @@ def test_a_harvest_killed_at_random_moments_ends_as_one_left_alone(
   while deaths < KILLS:
     process = start(tmp_path, "killed")
     if not process.stdout.readline():
+      finish(process)
       break  # it is complete: more kills have nothing to interrupt
     try:
       process.wait(rng.uniform(0, 1.5 * length / KILLS))

@@ -8,6 +8,7 @@ from typing import Any
 from gemma_jax import progress
 from gemma_jax.data import files, lines, spool, standard_library
 from gemma_jax.data.corpus import Corpus
+from gemma_jax.data.excerpts import excerpts
 from gemma_jax.data.workers import Workers
 
 _JSONL_SUFFIXES = (
@@ -158,8 +159,10 @@ def load(config: Mapping[str, Any], *, workers: int | None = None) -> Corpus:
              ("train"), `data_files`, `documents`: at most so many, and the
              fields of jsonl.
 
-  Every kind takes `sources`, the strata to keep. A field that is None counts
-  as absent, so that a config can list fields for the command line to fill.
+  Every kind takes `sources`, the strata to keep, and `excerpts`: `documents`,
+  `characters` and `seed` of `excerpts.excerpts`, a piece of each. A field that
+  is None counts as absent, so that a config can list fields for the command
+  line to fill.
   Without `source` or `source_field` the stratum is the name of the file, the
   directory or the data set. Blank documents are left out. Documents of equal
   text, white space aside, share a group, so copies cannot straddle a split.
@@ -188,6 +191,7 @@ def load(config: Mapping[str, Any], *, workers: int | None = None) -> Corpus:
   fields = {k: v for k, v in dict(config).items() if v is not None}
   kind = fields.pop("kind", None)
   sources = fields.pop("sources", None)
+  cut = fields.pop("excerpts", None)
   if kind not in _KINDS:
     raise ValueError(
       f"unknown corpus kind {kind!r}; expected one of {list(_KINDS)}"
@@ -197,7 +201,7 @@ def load(config: Mapping[str, Any], *, workers: int | None = None) -> Corpus:
   if unknown := sorted(set(fields) - set(valid)):
     raise ValueError(
       f"a corpus of kind {kind!r} has no fields {unknown}; it takes"
-      f" {[*valid, 'sources']}"
+      f" {[*valid, 'sources', 'excerpts']}"
     )
   if missing := [name for name in required if name not in fields]:
     raise ValueError(f"a corpus of kind {kind!r} needs the fields {missing}")
@@ -205,4 +209,12 @@ def load(config: Mapping[str, Any], *, workers: int | None = None) -> Corpus:
     corpus = read(pool, **fields)
   if not len(corpus):
     raise ValueError(f"the corpus {dict(config)} holds no text")
-  return corpus if sources is None else corpus.keep(sources)
+  corpus = corpus if sources is None else corpus.keep(sources)
+  if cut is None:
+    return corpus
+  if set(cut) - {"seed"} != {"documents", "characters"}:
+    raise ValueError(
+      "expected excerpts with documents and characters, and a seed if wanted;"
+      f" got {sorted(cut)}"
+    )
+  return excerpts(corpus, **cut)

@@ -102,6 +102,21 @@ class Moments:
     self.count += n
     return self
 
+  def turned(self) -> "Moments":
+    """Of the same rows with x and y in each other's place; a copy.
+
+    Raises:
+      ValueError: y^T y was not kept.
+    """
+    if not self._full:
+      raise ValueError("expected Moments(full=True), got only the diagonal")
+    out = Moments()
+    out.count = self.count
+    if self._shift is not None:
+      x, y, xx, xy, yy = (s.copy() for s in self._sums)
+      out._shift, out._sums = self._shift[::-1], [y, x, yy, xy.T, xx]
+    return out
+
   @property
   def widths(self) -> tuple[int, int]:
     """D and E."""

@@ -51,9 +51,10 @@ class Paired:
 
   def position(self, name: str) -> np.ndarray:
     """int64 [P], in the model's window."""
-    return self._places(name)[:, 1]
+    return self.places(name)[:, 1]
 
-  def _places(self, name: str) -> np.ndarray:
+  def places(self, name: str) -> np.ndarray:
+    """Window and position of every place on the side of a model, [P, 2]."""
     return self.pairs.a if name == next(iter(self.tokens)) else self.pairs.b
 
 

@@ -39,6 +39,17 @@ class ByToken:
   function: Partial
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given:
+  """A replacement: values that were computed before, such as by another model.
+
+  Attributes:
+    values: float32 [W, T, E], of all windows in their order.
+  """
+
+  values: np.ndarray
+
+
 def ablations(mean, *, seed: int = 0) -> dict[str, Replacement | Resample]:
   """The three ablations of `ABLATIONS`, for `splice_losses`.
 
@@ -92,6 +103,11 @@ def donors(
 def of_others(chosen, x, y):
   """The value, [B, T, E], at the positions `donors` chose."""
   return y.reshape(-1, y.shape[-1])[chosen]
+
+
+def of_before(values, x, y):
+  """What was `Given` of a batch, [B, T, E]."""
+  return values.astype(y.dtype)
 
 
 def _zero(x, y):

@@ -14,9 +14,11 @@ from gemma_jax import progress
 from gemma_jax.metrics.ablation import (
   ABLATIONS,
   ByToken,
+  Given,
   Replacement,
   Resample,
   donors,
+  of_before,
   of_others,
 )
 from gemma_jax.metrics.intervals import document_interval
@@ -137,7 +139,7 @@ def splice_losses(
   model: Model,
   tokens: np.ndarray,
   mask: np.ndarray,
-  replacements: Mapping[str, Replacement | Resample | ByToken],
+  replacements: Mapping[str, Replacement | Resample | ByToken | Given],
   *,
   read: str,
   write: str,
@@ -155,8 +157,8 @@ def splice_losses(
     tokens: int [W, T].
     mask: bool [W, T], True where a position counts: not BOS, not padding, no
       other special token.
-    replacements: name -> function, `Resample` or `ByToken`; "clean" is
-      added. Large parameters belong in a `jax.tree_util.Partial`: what a
+    replacements: name -> function, `Resample`, `ByToken` or `Given`; "clean"
+      is added. Large parameters belong in a `jax.tree_util.Partial`: what a
       function closes over is compiled into the program.
     read: site that the functions read, in the same block as `write`.
     write: site that they replace.
@@ -168,7 +170,8 @@ def splice_losses(
 
   Raises:
     ValueError: `read` and `write` are sites of different blocks, a
-      replacement is called "clean", or an array is not [W, T].
+      replacement is called "clean", or an array is not [W, T] or, if it is
+      `Given`, [W, T, E].
   """
   if "clean" in replacements:
     raise ValueError('"clean" is the model as it is; choose another name.')
@@ -181,6 +184,13 @@ def splice_losses(
       )
   names = tuple(replacements)
   _check_block(read, write, model.config)
+  whole = (*tokens.shape, sites.width(write, model.config))
+  for name, fn in replacements.items():
+    if isinstance(fn, Given) and fn.values.shape != whole:
+      raise ValueError(
+        f"The values given for {name!r} are {fn.values.shape}; expected those "
+        f"of {write} in all windows, [W, T, E], {whole}."
+      )
   found, index = np.unique(document[:, 1:][mask[:, 1:]], return_inverse=True)
   owner = np.zeros(mask[:, 1:].shape, np.int64)
   owner[mask[:, 1:]] = index
@@ -206,6 +216,9 @@ def splice_losses(
       elif isinstance(fn, ByToken):
         ids = sharding.put_batch(padded[0], model.mesh)
         fn = Partial(_by_token, fn.function, ids)
+      elif isinstance(fn, Given):
+        values = np.pad(fn.values[part], (*pad, (0, 0)))
+        fn = Partial(of_before, sharding.put_batch(values, model.mesh))
       functions.append(fn if isinstance(fn, Partial) else Partial(fn))
     counted = padded[1][:, 1:].reshape(-1)
     values = _row_values(
@@ -235,7 +248,7 @@ def spliced_cross_entropy(
   model: Model,
   tokens: np.ndarray,
   mask: np.ndarray,
-  replacements: Mapping[str, Replacement | Resample | ByToken],
+  replacements: Mapping[str, Replacement | Resample | ByToken | Given],
   *,
   read: str,
   write: str,

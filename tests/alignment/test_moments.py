@@ -126,3 +126,18 @@ def test_shapes_that_do_not_fit_are_refused():
     Moments().update(x, y).update(x[:, :4], y)
   with pytest.raises(ValueError, match="got none"):
     Moments().xx  # noqa: B018
+
+
+def test_turned_moments_are_those_of_the_other_direction():
+  rng = np.random.default_rng(3)
+  x, y = rng.normal(2, 1, (40, 5)), rng.normal(-1, 2, (40, 3))
+  found, wanted = Moments().update(x, y).turned(), Moments().update(y, x)
+  assert found.count == wanted.count and found.widths == (3, 5)
+  for name in ("mean_x", "mean_y", "xx", "xy", "yy"):
+    np.testing.assert_allclose(
+      getattr(found, name), getattr(wanted, name), atol=1e-9
+    )
+  found.update(y, x)
+  assert found.count == 80
+  with pytest.raises(ValueError, match="full=True"):
+    Moments(full=False).update(x, y).turned()

@@ -18,7 +18,7 @@ from gemma_jax.metrics import (
   splice_losses,
   spliced_cross_entropy,
 )
-from gemma_jax.metrics.ablation import donors
+from gemma_jax.metrics.ablation import Given, donors
 
 READ, WRITE = "blocks.2.mlp_in", "blocks.2.mlp_out"
 W, T = 4, 10
@@ -245,6 +245,34 @@ def test_what_does_not_belong_together_is_refused(model, text):
     losses(model, (tokens, mask[:, 1:], document), {})
   with pytest.raises(ValueError, match="document is"):
     losses(model, (tokens, mask, document[1:]), {})
+
+
+# ---------------------------------------------------------------- given
+
+
+@pytest.fixture(scope="module")
+def halves(model, text):
+  """What `half` makes of every window, and nothing of what does not count."""
+  _, found = model.forward(text[0], capture=(WRITE,))
+  return np.where(text[1][..., None], np.asarray(found[WRITE]) / 2, np.nan)
+
+
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_given_values_do_what_the_function_does_that_made_them(
+  model, text, halves, got, batch_size
+):
+  own = {"half": Given(halves), "other": Given(np.roll(halves, 1, axis=-1))}
+  found = losses(model, text, own, batch_size=batch_size)
+  np.testing.assert_allclose(found.ce["half"], got.ce["half"], rtol=1e-5)
+  np.testing.assert_allclose(found.kl["half"], got.kl["half"], rtol=1e-3)
+  assert np.abs(found.kl["other"] - got.kl["half"]).min() > 1e-3
+
+
+def test_values_of_other_windows_or_sites_are_refused(model, text, halves):
+  message = rf"in all windows, .*\({W}, {T}, 48\)"
+  for wrong in (halves[1:], halves[:, :-1], halves[..., 1:], halves[..., 0]):
+    with pytest.raises(ValueError, match=message):
+      losses(model, text, {"half": Given(wrong)})
 
 
 # --------------------------------------------------------------- donors

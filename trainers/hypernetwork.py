@@ -1,0 +1,206 @@
+"""One network that writes the maps of all routes: both ways, all layers."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from gemma_jax.activations import ActivationStore
+from gemma_jax.alignment import hypernetwork, objective
+from gemma_jax.alignment.hypernetwork import Config, Route, SiteScale
+from trainers import fields, loop, paired
+from trainers.paired import Encoder
+
+SIZES = {"rank": int, "width": int, "embedding": int, "frequencies": int}
+FIELDS = {
+  **SIZES,  # of gemma_jax.alignment.hypernetwork.Config
+  **paired.FIELDS,
+}
+OF_ACTIVATIONS = ("reconstruction", "cosine")
+
+
+def train(
+  config: Mapping[str, Any],
+  about: Config,
+  routes: Sequence[Route],
+  stores: Sequence[ActivationStore],
+  scales: Mapping[str, SiteScale],
+  bases: Sequence[jax.Array | None] | None,
+  encoders: Mapping[str, Encoder],
+  workdir: pathlib.Path,
+  *,
+  mesh: Mesh,
+  seed: int,
+) -> dict:
+  """Trains on all routes at once; goes on from the newest checkpoint.
+
+  Minimised is the mean over routes of what the activations are off and, where
+  the target's site has an encoder, of what the codes of the mapped activations
+  are off. A weight counts for the terms of its name in both.
+
+  Args:
+    config: with exactly the fields of `FIELDS`.
+    about: of those sizes, and with all directions.
+    routes: each is one map.
+    stores: of paired rows, for each route; see `paired.Rows`.
+    scales: site -> coordinates.
+    bases: of each direction; see `hypernetwork.init`.
+    encoders: site -> encoder, of as many targets as have one.
+    workdir: of this training alone. Its checkpoints hold the encoders too.
+    mesh: with an axis "data", over which rows are split; an axis "fsdp" splits
+      the largest matrices.
+    seed: of parameters, rows and sampled latents.
+
+  Returns:
+    Parameters of `alignment.hypernetwork`, on the host.
+
+  Raises:
+    ValueError: a config, routes, stores, scales, bases or encoders that do not
+      fit, or a workdir of another training.
+    FloatingPointError, SystemExit: as `loop.train`.
+  """
+  fields.check(config, FIELDS)
+  encoders = {
+    r.target: encoders[r.target] for r in routes if r.target in encoders
+  }
+  paired.check(config, routes, stores, encoders, mesh)
+  _check(config, about, routes, stores, scales, encoders)
+  frozen = {
+    "scales": {site: scales[site] for r in routes for site in r[:2]},
+    "encoders": encoders,
+  }
+  bases = bases or [None] * len(about.directions)
+  paired.claim(workdir, config, routes, stores, seed, (frozen, bases))
+  state = loop.train(
+    _task(config, about, routes, stores, (bases, frozen), mesh, seed),
+    workdir,
+    mesh=mesh,
+    **{name: config[name] for name in paired.LOOP},
+  )
+  return jax.device_get(state.params)
+
+
+def _check(config, about: Config, routes, stores, scales, encoders) -> None:
+  """Raises ValueError for what does not fit the network."""
+  sizes = {name: config[name] for name in SIZES}
+  if sizes != (found := {name: getattr(about, name) for name in SIZES}):
+    raise ValueError(f"expected a network of {sizes}, got one of {found}")
+  for route, store in zip(routes, stores, strict=True):
+    widths = tuple(store.sites[site] for site in route[:2])
+    known = {i: d[2:] for i, d in enumerate(about.directions)}
+    if known.get(route.direction) != widths:
+      raise ValueError(
+        f"expected {route.source} to {route.target} to go in a direction of "
+        f"widths {widths}, got number {route.direction} of {about.directions}"
+      )
+    for site, width in zip(route[:2], widths, strict=True):
+      shape = np.shape(scales[site].mean) if site in scales else "none"
+      if shape != (width,):
+        raise ValueError(
+          f"expected a scale of {site} and its {width} dims, got {shape}; see "
+          "SiteScale.of"
+        )
+  if not encoders and not any(config["weights"].get(n) for n in OF_ACTIVATIONS):
+    raise ValueError(
+      f"expected a weight for {' or '.join(OF_ACTIVATIONS)}, or encoders of "
+      f"targets, got {dict(config['weights'])} and none"
+    )
+
+
+def _task(config, about, routes, stores, given, mesh, seed) -> loop.Task:
+  adam, rows = paired.optimizer(config), paired.Rows(routes, stores)
+  weights = dict(config["weights"])
+
+  def init(bases, frozen):
+    params = hypernetwork.init(jax.random.key(seed), about, bases)
+    return params, adam.init(params), frozen
+
+  def loss(params, frozen, route, x, y, codes, key):
+    """Of one route, and its terms."""
+    source, target = (frozen["scales"][site] for site in route[:2])
+    predicted = hypernetwork.apply(about, params, route, source, target, x)
+    variance = jnp.square(target.scale)
+    found = objective.activation_losses(predicted, y, target.mean, variance)
+    own = {n: w for n, w in weights.items() if n in found}
+    total = objective.total(found, own) if own else 0.0
+    terms = {"fvu": found["reconstruction"], "cosine": found["cosine"]}
+    if codes is not None:
+      encoder = frozen["encoders"][route.target]
+      sampled = paired.sample(key, codes.shape[1], config)
+      found = objective.code_losses(
+        *encoder(predicted), codes, encoder.about, sampled
+      )
+      total += objective.total(found, weights)
+      terms |= {f"code_{name}": value for name, value in found.items()}
+    return total / len(routes), terms
+
+  def step(params, opt_state, frozen, batch, number):
+    encoders = frozen["encoders"]
+    codes = {
+      name: encoders[rows.sites[name]](batch[name])[0]
+      for name in dict.fromkeys(target for _, target in rows.routes)
+      if rows.sites[name] in encoders
+    }
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    value, terms, gradients = 0.0, [], None
+    # One after the other: the codes of all at once would not fit.
+    for i, (route, (x, y)) in enumerate(zip(routes, rows.routes, strict=True)):
+      (one, found), own = jax.value_and_grad(loss, has_aux=True)(
+        params,
+        frozen,
+        route,
+        batch[x],
+        batch[y],
+        codes.get(y),
+        jax.random.fold_in(key, i),
+      )
+      value, terms = value + one, [*terms, found]
+      gradients = own if i == 0 else jax.tree.map(jnp.add, gradients, own)
+    updates, opt_state = adam.update(gradients, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    finite = paired.finite(value, gradients)[None]
+    metrics = {"loss": value} | {
+      name: jnp.stack([t[name] for t in terms if name in t]).mean()
+      for name in {name: None for t in terms for name in t}
+    }
+    metrics = {name: x[None] for name, x in metrics.items()}
+    return params, opt_state, frozen, finite, metrics
+
+  ways = mesh.shape.get("fsdp", 1)
+
+  def rule(path: str, shape: tuple[int, ...]) -> P:
+    large = "['maps']" in path and len(shape) == 2
+    if large and ways > 1 and shape[1] % ways == 0:
+      return P(None, "fsdp")
+    return P()
+
+  return loop.Task(
+    members=("",),
+    init=init,
+    init_args=lambda: given,
+    init_shapes=jax.eval_shape(lambda *x: x, *given),
+    step=step,
+    batches=rows.batches(config, seed),
+    batch_shapes=rows.shapes(config["batch_size"]),
+    rule=rule,
+    by_row=P("data"),
+    shown=("loss", "fvu"),
+    watch=_watch,
+  )
+
+
+def _watch(row) -> dict[str, str]:
+  if row["fvu"] > 2:
+    return {
+      "diverging": (
+        f"FVU is {row['fvu']:.3g}, worse than predicting the mean. The "
+        "training diverges: lower the learning rate."
+      )
+    }
+  return {}

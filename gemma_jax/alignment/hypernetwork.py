@@ -44,6 +44,9 @@ class Route(NamedTuple):
 class SiteScale(NamedTuple):
   """The coordinates of a site: (x - mean) / scale.
 
+  From as many rows as there are: what the mean is off by, every map to or
+  from the site is off by too.
+
   Attributes:
     mean: float32 [D].
     scale: root mean square of |x - mean|, a scalar.
@@ -225,13 +228,8 @@ def written(
 ) -> tuple[jax.Array, jax.Array]:
   """The map of a route in normalised coordinates: weights [D, E], bias [E].
 
-  Args:
-    config: of the hypernetwork.
-    params: of `init`.
-    route: as in `factors`.
-
   Raises:
-    ValueError: as `factors`.
+    ValueError: as `factors`, whose arguments it takes.
   """
   read, write, bias = factors(config, params, route)
   base = params["maps"][route.direction]["base"]
@@ -284,25 +282,18 @@ def as_map(
 ) -> Map:
   """The map of a route from raw to raw activations.
 
-  Args:
-    config: of the hypernetwork.
-    params: of `init`.
-    route: as in `factors`.
-    source: coordinates of the source's site.
-    target: those of the target's.
-
   Returns:
     A map whose `about` has the `rank` and both depths, and whose `parameters`
     are what is stored for this route beside the base, which all share.
 
   Raises:
-    ValueError: as `factors`.
+    ValueError: as `factors`; the arguments are those of `apply`.
   """
   weights, bias, shift, mean = (
     np.asarray(a, np.float64)
     for a in (*written(config, params, route), source.mean, target.mean)
   )
-  weights *= float(target.scale) / float(source.scale)
+  weights = weights * (float(target.scale) / float(source.scale))
   bias = mean + float(target.scale) * bias - shift @ weights
   _, _, width, out = config.directions[route.direction]
   start, end = map(float, route.depths)

@@ -127,9 +127,9 @@ def code_losses(
     difference between their correlation in p and in y within the batch; a
     column that is constant there has correlations of 0.
   * sparsity: (mean L1 of p / u - that of y / u)^2, over the square of what
-    the latter is on the training rows. It looks at the batch as a whole: it
-    keeps predictions from shrinking towards the mean, and says nothing of
-    which latents fire.
+    the latter is on the training rows. Errors about 0, on either side, are
+    too much of it. It looks at the batch as a whole and says nothing of which
+    latents fire; the mean has as much as the codes.
   * firing: cross-entropy of the logits with y > 0 over that of the train
     rates. Not balanced: balanced classes would be ranked as well, but their
     logits are off by the log odds of the rate, which is most of them. Divided

@@ -1,6 +1,7 @@
 """A harvest killed again and again ends with the bytes of one left alone."""
 
 import hashlib
+import json
 import os
 import pathlib
 import random
@@ -16,7 +17,7 @@ from gemma_jax.activations import ActivationStore, layout
 
 ROOT = pathlib.Path(gemma_jax.__file__).parent.parent
 KILLS = int(os.environ.get("GEMMA_JAX_KILLS", "2"))
-TOKENS = 150_000
+TOKENS = 60_000
 
 JOB = """
 import sys
@@ -24,7 +25,6 @@ import tokenizers
 import jax
 from gemma_jax import data, models
 from gemma_jax.activations import harvest, layout
-from gemma_jax.activations.harvester import Harvester
 
 layout.SHARD_ROWS, layout.CHUNK_ROWS = 2048, 256
 jax.config.update("jax_compilation_cache_dir", sys.argv[2])
@@ -40,8 +40,6 @@ windows = data.WindowStream(
 )
 mesh = models.make_mesh({"data": 1}, jax.devices()[:1])
 model = models.load_model("random:gemma2-tiny", mesh=mesh)
-loop = Harvester._loop
-Harvester._loop = lambda *args: (print("ready", flush=True), loop(*args))
 harvest(
   model, windows, ("blocks.0.mlp_in", "blocks.1.mlp_out"), sys.argv[1],
   batch_size=16, keep=0.8,
@@ -66,6 +64,12 @@ def finish(process):
   assert process.returncode == 0, err.decode()[-3000:]
 
 
+def committed(store):
+  """Rows that are safely there."""
+  part = store / layout.part_name(0) / layout.PART
+  return json.loads(part.read_text())["committed"] if part.exists() else 0
+
+
 def chunk_files(store):
   """Hash of every file but for what tells times and locks."""
   return {
@@ -81,23 +85,17 @@ def test_a_harvest_killed_at_random_moments_ends_as_one_left_alone(
   monkeypatch.setattr(layout, "SHARD_ROWS", 2_048)
   monkeypatch.setattr(layout, "CHUNK_ROWS", 256)
   finish(start(tmp_path, "warm"))  # compiles
-  alone = start(tmp_path, "alone")
-  alone.stdout.readline()
-  began = time.monotonic()
-  finish(alone)
-  length = time.monotonic() - began
+  finish(start(tmp_path, "alone"))
+  total = committed(tmp_path / "alone")
   rng = random.Random(0)
   killed = tmp_path / "killed"
   deaths = 0
-  while deaths < KILLS:
+  for row in sorted(rng.randrange(total) for _ in range(KILLS)):
     process = start(tmp_path, "killed")
-    if not process.stdout.readline():
-      finish(process)
-      break  # it is complete: more kills have nothing to interrupt
-    try:
-      process.wait(rng.uniform(0, 1.5 * length / KILLS))
-    except subprocess.TimeoutExpired:
-      process.send_signal(signal.SIGKILL)
+    while committed(killed) < row and process.poll() is None:
+      time.sleep(0.01)
+    time.sleep(rng.random() / 20)
+    process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode in (0, -signal.SIGKILL)
     deaths += process.returncode != 0

@@ -37,7 +37,8 @@ def write_all(where, say=lambda row: None):
     sources=SOURCES,
     state=lambda: b"rows that are in it: %d" % covered,
   ) as writer:
-    for start in range(writer.committed // BLOCK * BLOCK, N, BLOCK):
+    covered = writer.committed // BLOCK * BLOCK
+    for start in range(covered, N, BLOCK):
       say(start)
       feed(writer, rows, block=BLOCK, start=start, stop=start + BLOCK)
       covered = start + BLOCK

@@ -30,6 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.pairs = layers(5, 6, 7)
   c.network_pairs = layers(3, 4, 8, 9)
   c.unseen = layers(6)
+  c.causal.pairs = layers(6)
   if base.check(arg):
     smoke(c)
   return c
@@ -99,6 +100,19 @@ def study() -> ConfigDict:
   c.features = ConfigDict({"count": 8, "contexts": 4})
   c.splice = ConfigDict({"documents": 128, "positions": 64, "batch_size": 16})
   c.causal = ConfigDict()
+  c.causal.pairs = ()
+  c.causal.latents = 32
+  c.causal.documents = 32
+  c.causal.context = 64
+  c.causal.batch_size = 16
+  c.causal.unit = 16
+  c.causal.start = 8
+  c.causal.positions = 128
+  c.causal.set = 20
+  c.causal.doses = (1.0, 2.0, 4.0, 8.0)
+  c.causal.counts = (10, 100)
+  c.causal.draws = 999
+  c.causal.resamples = 1_000
   return c
 
 
@@ -116,6 +130,14 @@ def smoke(c: ConfigDict) -> None:
     ("gemma:blocks.2.resid_post", "llama:blocks.2.resid_post"),
   )
   c.unseen = c.pairs[:1]
+  c.causal.pairs = c.pairs[:1]
+  c.causal.latents = 6
+  c.causal.documents = 6
+  c.causal.context = 24
+  c.causal.batch_size = 2
+  c.causal.positions = 16
+  c.causal.doses = (1.0, 4.0)
+  c.causal.draws = 99
   c.text.corpus.excerpts = ConfigDict({"documents": 60, "characters": 400})
   c.text.heldout_fraction = 0.3
   c.text.context = 64

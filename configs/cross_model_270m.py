@@ -70,6 +70,13 @@ def get_config(arg: str = "") -> ConfigDict:
   c.hypernetwork.rank = 32
   c.matching.rows = 32_768
   c.splice = ConfigDict({"documents": 24, "positions": 48, "batch_size": 8})
+  c.causal.pairs = (across(9, 16),)
+  c.causal.latents = 8
+  c.causal.documents = 12
+  c.causal.context = 48
+  c.causal.batch_size = 4
+  c.causal.positions = 48
+  c.causal.doses = (1.0, 4.0)
   if base.check(arg):
     cross_model.smoke(c)
   return c

@@ -140,10 +140,17 @@ def prepare(config: Mapping[str, Any]):
       "read other parts of long documents. Give {'documents': 500, "
       "'characters': 1000} or the like."
     )
+  if config["causal"]:
+    fields.check({"causal": config["causal"]}, {"causal": cross_effects.FIELDS})
   known = {
     name: models.describe(source) for name, source in config["models"].items()
   }
   pairs, more, unseen = cross_sides.check(config, known)
+  if strange := set(_listed(config["causal"])) - set(pairs):
+    raise ValueError(
+      f"causal.pairs has {', '.join(sorted(p.name for p in strange))}, which "
+      "is not one of pairs."
+    )
   if strange := set(config["given"]) - set(cross_sides.of_pairs(pairs)):
     raise ValueError(
       f"given has {', '.join(sorted(strange))}; expected sites of pairs: "
@@ -372,6 +379,18 @@ def _pair(rows: Rows, fitted: Fitted, pair: Pair, load) -> dict[str, list]:
     config["matching"], both["train"], pair, trained, seed=config["seed"]
   )
   out["matches"].append(row)
+  if pair in _listed(config["causal"]):
+    out["causal"] += cross_effects.measure(
+      config,
+      rows,
+      pair,
+      chosen,
+      {
+        way: cross_maps.linear(fitted.moments[way], config["maps"])["ridge"]
+        for way in (pair, pair.turned)
+      },
+      load,
+    )
   out["features"] += cross_features.side_by_side(
     config["features"], rows.subjects, rows.harvested, pair, trained, chosen, q
   )
@@ -404,6 +423,10 @@ def _contenders(rows: Rows, fitted: Fitted, way: Pair, codes, drawn):
     cross_maps.redrawn(x, y),
     *cross_maps.ceilings(target),
   ]
+
+
+def _listed(causal: Mapping[str, Any]) -> list[Pair]:
+  return [Pair(*one) for one in causal.get("pairs", ())]
 
 
 def _names(rows: Rows, way: Pair) -> tuple[str, str]:

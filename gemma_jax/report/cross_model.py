@@ -40,7 +40,7 @@ CAPTIONS = {
   "inject": "What a direction does to the target model, by dose. Transferred "
   "directions should climb with native ones, away from those of other latents "
   "and from random ones.",
-  "substitution": "Cross-entropy got back when so many latents take their "
+  "substitution": "KL got back when so many latents take their "
   "values from the other model. Matched codes should stay above codes dealt "
   "to other tokens, zeros and means. Lines may leave the axis below.",
 }

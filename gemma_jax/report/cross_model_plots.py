@@ -326,7 +326,7 @@ def inject_figure(causal: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 
 def substitution_figure(causal: Sequence[Mapping[str, Any]]) -> Figure | None:
-  """Draws the CE recovered against how many latents are substituted.
+  """Draws the KL recovered against how many latents are substituted.
 
   Args:
     causal: each with `route` and `substitution`; points that recovered
@@ -348,6 +348,6 @@ def substitution_figure(causal: Sequence[Mapping[str, Any]]) -> Figure | None:
     if min(counts) > 0 and len(counts) > 1:
       axes.set_xscale("log")
   figure.supxlabel("latents substituted", **WORDS)
-  figure.supylabel("CE recovered", **WORDS)
+  figure.supylabel("KL recovered", **WORDS)
   _legend(figure, 4)
   return figure

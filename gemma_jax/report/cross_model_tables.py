@@ -51,7 +51,7 @@ INJECT = {
 SUBSTITUTION = {
   "codes": "codes",
   "count": "latents",
-  "recovered": "CE recovered [95 %]",
+  "recovered": "KL recovered [95 %]",
   "kl": "KL",
 }
 COVERAGE = {

@@ -12,7 +12,13 @@ from gemma_jax.alignment import Map
 from gemma_jax.dictionaries import Dictionary
 from gemma_jax.dictionaries.config import DictionaryConfig
 from gemma_jax.models.forward import head
-from studies import cross_effects
+from studies import (
+  cross_effects,
+  cross_fingerprints,
+  cross_injection,
+  cross_places,
+  cross_substitution,
+)
 
 CONFIG = {
   "documents": 6,
@@ -65,7 +71,7 @@ def made(name, mesh, scale):
   mask[:, 0] = mask[2, 11] = False
   positions = [np.sort(rng.permutation(T - 4)[:14]) + 3 for _ in range(W)]
   document = np.repeat(np.arange(W), 14)
-  return cross_effects.Side(
+  return cross_places.Side(
     models.load_model(f"random:{name}", mesh=mesh),
     dictionary(scale),
     tokens,
@@ -129,7 +135,7 @@ def kl_by_label(side, kl, label):
 
 @pytest.fixture(scope="module")
 def prints(side):
-  return cross_effects.fingerprints(side, np.arange(12), CONFIG)
+  return cross_fingerprints.fingerprints(side, np.arange(12), CONFIG)
 
 
 def test_a_fingerprint_is_kl_by_unit_of_text(side, prints):
@@ -152,7 +158,7 @@ def test_a_fingerprint_is_kl_by_unit_of_text(side, prints):
 
 
 def test_the_same_latents_matter_in_the_same_places(prints):
-  found = cross_effects.compare_fingerprints(prints, prints, CONFIG, 0)
+  found = cross_fingerprints.compare_fingerprints(prints, prints, CONFIG, 0)
   assert (found["latents"], found["silent"], found["units"]) == (12, 0, 3 * W)
   assert found["matched"] == pytest.approx(1)
   assert found["low"] == pytest.approx(1)
@@ -170,10 +176,10 @@ def test_the_same_latents_matter_in_the_same_places(prints):
 
 
 def test_latents_of_other_matches_do_not(prints):
-  turned = cross_effects.Fingerprints(
+  turned = cross_fingerprints.Fingerprints(
     np.roll(prints.kl, 5, axis=0), np.roll(prints.fired, 5, 0), prints.places
   )
-  found = cross_effects.compare_fingerprints(prints, turned, CONFIG, 0)
+  found = cross_fingerprints.compare_fingerprints(prints, turned, CONFIG, 0)
   assert found["p"] > 0.01
   assert found["matched"] < 0.7
   assert found["low"] < found["matched"] < found["high"]
@@ -185,7 +191,7 @@ def test_units_in_which_neither_fires_do_not_count_as_active(prints):
   fired = np.zeros_like(prints.fired)
   fired[:, :4] = 1
   a, b = (fired * (5 + rng.random(fired.shape)) for _ in range(2))
-  found = cross_effects.compare_fingerprints(
+  found = cross_fingerprints.compare_fingerprints(
     *(prints._replace(kl=kl * prints.places, fired=fired) for kl in (a, b)),
     CONFIG,
     0,
@@ -198,16 +204,16 @@ def test_units_in_which_neither_fires_do_not_count_as_active(prints):
 def test_silent_latents_are_left_out(prints):
   quiet = prints.fired.copy()
   quiet[3] = 0
-  found = cross_effects.compare_fingerprints(
+  found = cross_fingerprints.compare_fingerprints(
     prints, prints._replace(fired=quiet), CONFIG, 0
   )
   assert (found["latents"], found["silent"]) == (11, 1)
   with pytest.raises(ValueError, match="2 matches that fire in both"):
-    cross_effects.compare_fingerprints(
+    cross_fingerprints.compare_fingerprints(
       prints, prints._replace(fired=0 * quiet), CONFIG, 0
     )
   with pytest.raises(ValueError, match="on the same text"):
-    cross_effects.compare_fingerprints(
+    cross_fingerprints.compare_fingerprints(
       prints, prints._replace(places=prints.places + 1), CONFIG, 0
     )
 
@@ -220,7 +226,7 @@ def test_a_cut_keeps_the_same_places_of_the_first_documents(side, llama):
     llama, at=np.stack([llama.at[::-1, 0], llama.at[:, 1]], axis=1)
   )
   config = CONFIG | {"documents": 3, "context": 12}
-  a, b, kept = cross_effects.cut(side, shifted, config)
+  a, b, kept = cross_places.cut(side, shifted, config)
   assert kept.tolist() == [
     d < 3 and t < 12 for d, t in zip(side.document, side.at[:, 1], strict=True)
   ]
@@ -232,20 +238,20 @@ def test_a_cut_keeps_the_same_places_of_the_first_documents(side, llama):
     assert (one.document == whole.document[kept]).all()
   other = dataclasses.replace(llama, document=llama.document + 1)
   with pytest.raises(ValueError, match="the same places"):
-    cross_effects.cut(side, other, config)
+    cross_places.cut(side, other, config)
   with pytest.raises(ValueError, match="got none"):
-    cross_effects.cut(side, llama, config | {"context": 2})
+    cross_places.cut(side, llama, config | {"context": 2})
 
 
 def test_models_are_compared_on_the_same_units(side, llama, prints):
-  a, b, _ = cross_effects.cut(side, llama, CONFIG | {"documents": 3})
+  a, b, _ = cross_places.cut(side, llama, CONFIG | {"documents": 3})
   few, other = (
-    cross_effects.fingerprints(one, np.arange(6), CONFIG) for one in (a, b)
+    cross_fingerprints.fingerprints(one, np.arange(6), CONFIG) for one in (a, b)
   )
   np.testing.assert_allclose(few.kl, prints.kl[:6, :9], rtol=1e-3, atol=1e-5)
   assert (few.fired == prints.fired[:6, :9]).all()
   # Random models have nothing in common.
-  found = cross_effects.compare_fingerprints(few, other, CONFIG, 0)
+  found = cross_fingerprints.compare_fingerprints(few, other, CONFIG, 0)
   assert abs(found["matched"]) < 0.4
   assert found["p"] > 0.05
 
@@ -293,7 +299,7 @@ def speaking(llama):
 
 
 def injected(side, vectors, typical, **changes):
-  rows = cross_effects.inject(
+  rows = cross_injection.inject(
     side, np.arange(4), vectors, typical, CONFIG | changes, seed=3
   )
   return {(row["vector"], row["dose"]): row for row in rows}
@@ -310,7 +316,7 @@ def injection(speaking):
 def test_a_vector_says_its_tokens_and_a_random_one_does_not(injection):
   native, moved, random, other = (
     [injection[name, dose] for dose in CONFIG["doses"]]
-    for name in cross_effects.VECTORS
+    for name in cross_injection.VECTORS
   )
   for one, two in zip(native, moved, strict=True):
     # The same direction of another length is as long.
@@ -354,7 +360,7 @@ def test_blocks_of_logits_are_only_a_matter_of_memory(
 ):
   side, _ = speaking
   native = side.decoder(np.arange(4))
-  monkeypatch.setattr(cross_effects, "LOGIT_ROWS", 9)
+  monkeypatch.setattr(cross_injection, "LOGIT_ROWS", 9)
   got = injected(side, native, 5 / np.linalg.norm(native, axis=1))
   for key, row in injection.items():
     for name in ("effect", "elsewhere", "kl"):
@@ -375,7 +381,7 @@ def test_directions_go_through_the_linear_part_of_a_map(side):
   rng = np.random.default_rng(0)
   weights = rng.standard_normal((D, 32)).astype(np.float32)
   bias = np.ones(32, np.float32)
-  got = cross_effects.transferred(side, [3, 1], Map(weights, bias, {}, "", 0))
+  got = cross_injection.transferred(side, [3, 1], Map(weights, bias, {}, "", 0))
   np.testing.assert_allclose(
     got, side.decoder([3, 1]) @ weights, rtol=1e-4, atol=1e-4
   )
@@ -383,9 +389,9 @@ def test_directions_go_through_the_linear_part_of_a_map(side):
     Map(w, bias, {}, "mean", 0) for w in (weights.T, 0 * weights)
   )
   with pytest.raises(ValueError, match="the other way round"):
-    cross_effects.transferred(side, [3], turned)
+    cross_injection.transferred(side, [3], turned)
   with pytest.raises(ValueError, match="got zeros of 'mean'"):
-    cross_effects.transferred(side, [3], nothing)
+    cross_injection.transferred(side, [3], nothing)
 
 
 # ---------------------------------------------------------------- substitution
@@ -396,11 +402,11 @@ def test_predictions_are_least_squares_lines_on_training_codes():
   a, b = rng.random((50, 4)), rng.random((50, 4))
   a[:, 3] = 0.3
   parts = [
-    cross_effects.code_sums(a[s], b[s]) for s in (slice(20), slice(20, 50))
+    cross_substitution.code_sums(a[s], b[s]) for s in (slice(20), slice(20, 50))
   ]
-  sums = cross_effects.CodeSums(*map(np.add, *parts))
+  sums = cross_substitution.CodeSums(*map(np.add, *parts))
   new = rng.random((7, 4))
-  got = cross_effects.predict(sums, new, [2, 0, 3])
+  got = cross_substitution.predict(sums, new, [2, 0, 3])
   assert got.shape == (7, 3)
   for k, source in enumerate((2, 0)):
     line = np.polyfit(a[:, source], b[:, k], 1)
@@ -413,8 +419,8 @@ def substituted(side):
   """Codes of a that are lines of those of b, whose means are off."""
   latents = np.arange(8)
   own = codes(side, latents)
-  sums = cross_effects.code_sums(3 - 2 * own[:60], own[:60])
-  rows = cross_effects.substitute(
+  sums = cross_substitution.code_sums(3 - 2 * own[:60], own[:60])
+  rows = cross_substitution.substitute(
     side, latents, sums, 3 - 2 * own, own, CONFIG, seed=0
   )
   return {(row["count"], row["codes"]): row for row in rows}, own, sums
@@ -425,7 +431,7 @@ def test_exact_codes_recover_all_and_their_means_nothing(substituted):
   assert {count for count, _ in rows} == {3, 8}
   for count in (3, 8):
     matched, dealt, mean, zero = (
-      rows[count, name] for name in cross_effects.CODES
+      rows[count, name] for name in cross_substitution.CODES
     )
     assert matched["recovered"] == pytest.approx(1, abs=1e-3)
     assert matched["kl"] == pytest.approx(0, abs=1e-5)
@@ -449,16 +455,18 @@ def test_kl_is_that_of_the_codes_put_in_at_the_places(side, substituted):
 
 def test_codes_of_other_places_are_refused(side):
   own = codes(side, np.arange(3))
-  sums = cross_effects.code_sums(own, own)
+  sums = cross_substitution.code_sums(own, own)
   with pytest.raises(ValueError, match="cut says which places"):
-    cross_effects.substitute(side, [0, 1, 2], sums, own[1:], own, CONFIG, 0)
+    cross_substitution.substitute(
+      side, [0, 1, 2], sums, own[1:], own, CONFIG, 0
+    )
   few = CONFIG | {"counts": [1]}
   with pytest.raises(ValueError, match="2 matches or more"):
-    cross_effects.substitute(side, [0, 1, 2], sums, own, own, few, 0)
+    cross_substitution.substitute(side, [0, 1, 2], sums, own, own, few, 0)
 
 
 def test_every_number_is_defined(prints, injection, substituted):
-  compared = cross_effects.compare_fingerprints(prints, prints, CONFIG, 0)
+  compared = cross_fingerprints.compare_fingerprints(prints, prints, CONFIG, 0)
   known = set(cross_effects.DEFINITIONS)
   for part, rows, labels in (
     ("fingerprints", [compared], {"latents", "units", "p_similar"}),

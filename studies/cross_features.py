@@ -8,6 +8,7 @@ from scipy import sparse
 
 from gemma_jax.activations import ActivationStore, owner
 from gemma_jax.alignment import matching
+from gemma_jax.alignment.correlations import Correlations
 from gemma_jax.alignment.paired import Paired
 from gemma_jax.dictionaries import Dictionary
 from gemma_jax.report import contexts
@@ -54,7 +55,7 @@ def match(
   ]
   document = found.document[: codes[0].shape[0]]
   least = config["least"]
-  correlations = matching.Correlations().update(*codes).compute()
+  correlations = Correlations().update(*codes).compute()
   ways = {
     how: matching.match(correlations, how=how, least=least)
     for how in matching.METHODS

@@ -197,7 +197,10 @@ def check(
   weights = config["weights"]
   if (
     set(weights) - set(TERMS)
-    or not all(0 <= w < math.inf for w in weights.values())
+    or not all(
+      isinstance(w, (int, float)) and 0 <= w < math.inf
+      for w in weights.values()
+    )
     or not any(weights.values())
   ):
     raise ValueError(

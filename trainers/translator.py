@@ -93,8 +93,7 @@ def _task(config, routes, rows: paired.Rows, encoders, seed) -> loop.Task:
   def init(encoders):
     params = []
     for i, (source, target, *_) in enumerate(routes):
-      widths = (encoders[site].config.width for site in (source, target))
-      d_in, d_out = widths
+      d_in, d_out = (encoders[s].config.width for s in (source, target))
       key = jax.random.fold_in(jax.random.key(seed), i)
       params.append(translator.init(key, d_in, config["width"], d_out))
     going = jnp.ones(len(routes), bool)
@@ -123,12 +122,12 @@ def _task(config, routes, rows: paired.Rows, encoders, seed) -> loop.Task:
     updates, moved = adam.update(gradients, opt_state, params)
     # Once left behind, it stays so.
     finite = going & paired.finite(value, gradients)
-    new, old = (
+    after = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
       (optax.apply_updates(params, updates), moved),
       (params, opt_state),
     )
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-    return *new, finite, {"loss": value, **losses}
+    return *after, finite, {"loss": value, **losses}
 
   def step(params, opt_state, extra, batch, number):
     known = extra["encoders"]

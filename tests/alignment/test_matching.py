@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from gemma_jax.alignment.correlations import Correlations, PairwiseCorrelation
 from gemma_jax.alignment.matching import (
   METHODS,
-  Correlations,
   Matches,
-  PairwiseCorrelation,
   match,
   shift_null,
   significance,

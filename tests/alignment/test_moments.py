@@ -132,7 +132,8 @@ def test_turned_moments_are_those_of_the_other_direction():
   rng = np.random.default_rng(3)
   x, y = rng.normal(2, 1, (40, 5)), rng.normal(-1, 2, (40, 3))
   found, wanted = Moments().update(x, y).turned(), Moments().update(y, x)
-  assert found.count == wanted.count and found.widths == (3, 5)
+  assert found.count == wanted.count
+  assert found.widths == (3, 5)
   for name in ("mean_x", "mean_y", "xx", "xy", "yy"):
     np.testing.assert_allclose(
       getattr(found, name), getattr(wanted, name), atol=1e-9

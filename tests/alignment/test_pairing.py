@@ -14,8 +14,8 @@ from gemma_jax.alignment.pairing import (
   pair_by_byte_end,
   pair_ends,
   pair_windows,
-  pool_spans,
 )
+from gemma_jax.alignment.pooling import pool_spans
 from gemma_jax.data.document import loose
 
 # Characters of one to four bytes, clusters of several characters, and such as

@@ -11,7 +11,7 @@ from trainers import paired
 
 WIDTHS = {"a": 12, "b": 10}
 COMMON = 6  # dims that all sites have in common
-NOISE = 0.1  # variance of what they have not, as a share of the whole
+NOISE = 0.03  # variance of what they have not, as a share of the whole
 
 
 def site(model, layer):

@@ -70,12 +70,12 @@ def train(
     r.target: encoders[r.target] for r in routes if r.target in encoders
   }
   paired.check(config, routes, stores, encoders, mesh)
-  _check(config, about, routes, stores, scales, encoders)
+  bases = [None] * len(about.directions) if bases is None else list(bases)
+  _check(config, about, routes, stores, scales, bases, encoders)
   frozen = {
     "scales": {site: scales[site] for r in routes for site in r[:2]},
     "encoders": encoders,
   }
-  bases = bases or [None] * len(about.directions)
   paired.claim(workdir, config, routes, stores, seed, (frozen, bases))
   state = loop.train(
     _task(config, about, routes, stores, (bases, frozen), mesh, seed),
@@ -86,7 +86,9 @@ def train(
   return jax.device_get(state.params)
 
 
-def _check(config, about: Config, routes, stores, scales, encoders) -> None:
+def _check(
+  config, about: Config, routes, stores, scales, bases, encoders
+) -> None:
   """Raises ValueError for what does not fit the network."""
   sizes = {name: config[name] for name in SIZES}
   if sizes != (found := {name: getattr(about, name) for name in SIZES}):
@@ -110,6 +112,16 @@ def _check(config, about: Config, routes, stores, scales, encoders) -> None:
     raise ValueError(
       f"expected a weight for {' or '.join(OF_ACTIVATIONS)}, or encoders of "
       f"targets, got {dict(config['weights'])} and none"
+    )
+
+  # These say themselves which base or depth they cannot take.
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  params = jax.eval_shape(
+    lambda key, bases: hypernetwork.init(key, about, bases), key, bases
+  )
+  for route in routes:
+    jax.eval_shape(
+      lambda params, r=route: hypernetwork.factors(about, params, r), params
     )
 
 

@@ -317,6 +317,7 @@ def test_without_slurm_one_is_told_so(batch, tmp_path):
 
 
 # ----------------------------------------------------------------- dictionary
+@pytest.mark.slow
 def test_dictionaries_train_at_once_on_one_harvest(tmp_path):
   small = {
     "data.train_tokens": 4_000,

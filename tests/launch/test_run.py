@@ -21,7 +21,9 @@ def run(*args, devices=1, **environment):
   )
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+  "devices", [1, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_the_smoke_config_runs_to_its_report(devices, tmp_path):
   done = run(SMOKE, f"--workdir={tmp_path}/run", devices=devices)
   assert done.returncode == 0, done.stderr

@@ -42,6 +42,7 @@ def test_the_config_is_the_preset_of_the_released_checkpoint(directory):
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_weights_equal_those_of_transformers_own_gguf_loader(directory):
   import torch
   from transformers import modeling_gguf_pytorch_utils as theirs

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from jax.tree_util import Partial
 
 from gemma_jax import metrics, models
 from gemma_jax.models import DEMO, gemma
@@ -78,9 +79,10 @@ def test_the_true_mlp_in_the_transcoders_place_changes_nothing(ours, tokens):
   layer = 9
   weights = jax.tree.map(lambda x: x[layer], ours.params["blocks"])
 
-  def mlp(x, y):
+  def of(weights, x, y):
     return gemma.mlp(ours.config, weights, x, lambda name, value: value)
 
+  mlp = Partial(of, weights)
   read, write = f"blocks.{layer}.mlp_in", f"blocks.{layer}.mlp_out"
   _, found = ours.forward(tokens, capture=(read, write), stop_at=write)
   assert metrics.fvu(found[write], mlp(found[read], None)) < 1e-6
@@ -106,6 +108,7 @@ def test_the_true_mlp_in_the_transcoders_place_changes_nothing(ours, tokens):
   assert loss["zero"]["ce"] - loss["clean"]["ce"] > 0.01
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_to_float32_as_hugging_faces(
   theirs, tokens, one_device
 ):

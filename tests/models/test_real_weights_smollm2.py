@@ -47,6 +47,7 @@ def tokens(ours):
   return np.array([ours.tokenizer(text)["input_ids"][:LENGTH]])
 
 
+@pytest.mark.slow
 def test_weights_equal_those_of_transformers_own_gguf_loader(path, directory):
   """Theirs knows nothing of our tables: of names, or of q's and k's rows."""
   hf = transformers.AutoConfig.from_pretrained(directory)
@@ -76,6 +77,7 @@ def test_logits_equal_hugging_face(theirs, ours, tokens):
   assert loss < 3.5
 
 
+@pytest.mark.slow
 def test_greedy_continuation_agrees_for_64_tokens(theirs, ours, tokens):
   prompt = tokens[:, :40]
   with torch.no_grad():

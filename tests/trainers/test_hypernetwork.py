@@ -94,15 +94,22 @@ def stores(tmp_path_factory):
 
 
 def run(
-  stores, workdir, mesh, routes=ROUTES, scales=None, encoders=None, **changes
+  stores,
+  workdir,
+  mesh,
+  routes=ROUTES,
+  known=None,
+  bases=None,
+  encoders=None,
+  **changes,
 ):
   return train(
     CONFIG | changes,
     ABOUT,
     routes,
     stores,
-    globals()["scales"]() if scales is None else scales,
-    None,
+    scales() if known is None else known,
+    bases,
     encoders or {},
     workdir,
     mesh=mesh,
@@ -247,9 +254,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
     ({"batch_size": 0}, "batch_size of 1 or more, got 0"),
     ({"rank": 8}, "expected a network of {'rank': 8.*got one of {'rank': 6"),
     ({"weights": {"firing": 1.0}}, "encoders of targets"),
-    ({"scales": {}}, f"a scale of {ACROSS[0]} and its 12 dims, got none"),
+    ({"known": {}}, f"a scale of {ACROSS[0]} and its 12 dims, got none"),
     (
-      {"scales": {n: SiteScale.of(np.zeros(3), np.ones(3)) for n in ACROSS}},
+      {"known": {n: SiteScale.of(np.zeros(3), np.ones(3)) for n in ACROSS}},
       r"its 12 dims, got \(3,\)",
     ),
     (
@@ -260,6 +267,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
       {"routes": [r._replace(direction=0) for r in ROUTES]},
       r"direction of widths \(10, 12\), got number 0",
     ),
+    ({"routes": [ROUTES[0]._replace(depths=(0.5, 1.5))] * 5}, "depths of 0 to"),
+    ({"bases": [np.ones((12, 10))]}, r"of shapes .* got \[\(12, 10\)\]"),
     ({"routes": ROUTES[:2]}, "got 2 routes and 5 stores"),
     (
       {"routes": [*ROUTES[:4], ROUTES[0]]},

@@ -267,7 +267,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
       {"routes": [r._replace(direction=0) for r in ROUTES]},
       r"direction of widths \(10, 12\), got number 0",
     ),
-    ({"routes": [ROUTES[0]._replace(depths=(0.5, 1.5))] * 5}, "depths of 0 to"),
+    (
+      {"routes": [r._replace(depths=(0.5, 1.5)) for r in ROUTES]},
+      "depths of 0 to 1",
+    ),
     ({"bases": [np.ones((12, 10))]}, r"of shapes .* got \[\(12, 10\)\]"),
     ({"routes": ROUTES[:2]}, "got 2 routes and 5 stores"),
     (

@@ -71,10 +71,10 @@ def study() -> ConfigDict:
 
   weights = {
     "reconstruction": 1.0,
-    "cosine": 0.5,
-    "correlation": 1.0,
-    "sparsity": 0.1,
-    "firing": 0.5,
+    "cosine": 0.1,
+    "correlation": 0.1,
+    "sparsity": 0.01,
+    "firing": 0.1,
   }
   c.hypernetwork = ConfigDict()
   c.hypernetwork.rank = 64

@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   c.network_pairs = (across(3, 6), across(7, 12), across(11, 19))
   c.unseen = (across(9, 16),)
-  c.text.corpus.excerpts.documents = 520
+  c.text.corpus.excerpts.documents = 600
   c.text.corpus.excerpts.characters = 800
   c.activations.batch_size = 8
 
@@ -69,7 +69,8 @@ def get_config(arg: str = "") -> ConfigDict:
   c.hypernetwork.batch_size = 512
   c.hypernetwork.rank = 32
   c.matching.rows = 32_768
-  c.splice = ConfigDict({"documents": 24, "positions": 48, "batch_size": 8})
+  c.text.heldout_fraction = 0.2
+  c.splice = ConfigDict({"documents": 24, "positions": 32, "batch_size": 8})
   c.causal.pairs = (across(9, 16),)
   c.causal.latents = 8
   c.causal.documents = 12

@@ -257,7 +257,7 @@ def moved(one: Map, there, here) -> Map:
     here: likewise, where it is used.
   """
   (a, b), (x, y) = there, here
-  weights = one.weights * (a.scale / b.scale * y.scale / x.scale)
+  weights = (a.scale / x.scale)[:, None] * one.weights * (y.scale / b.scale)
   bias = y.mean - x.mean @ weights
   return dataclasses.replace(
     one,

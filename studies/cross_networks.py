@@ -243,5 +243,5 @@ def _depths(subjects, way: Pair) -> np.ndarray:
 
 def _normalised(weights, here: tuple[SiteScale, SiteScale]):
   x, y = here
-  weights = weights * (y.scale / x.scale)
+  weights = weights / x.scale[:, None] * y.scale
   return weights, y.mean - x.mean @ weights

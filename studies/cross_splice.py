@@ -24,6 +24,12 @@ from studies.cross_maps import Batch, Contender
 from studies.cross_sides import Pair, Subject
 
 DEALT = "dealt"  # the ridge map of another document's source
+# Of the ladder; every one is a run of the model.
+SPLICED = (
+  *("mean", "token", "ridge", "decoded_ridge", "code_ridge", "translator"),
+  *("hypernetwork", "hypernetwork_unseen", "shuffled_across", "redrawn"),
+  *("other_seed", "own"),
+)
 FIRST = ("own", "ridge", "hypernetwork", "translator", "code_ridge")
 SECOND = ("ridge", "token", DEALT, "redrawn", "shuffled_across")
 DEFINITIONS = {
@@ -83,6 +89,7 @@ def measure(
   target = dictionaries[pair.b][0]
   chosen = window(found, name, config)
   batch = _batch(found, pair, dictionaries, chosen, redrawn)
+  contenders = [one for one in contenders if one.name in SPLICED]
   values = {one.name: _written(one, batch, target) for one in contenders}
   partners = controls.shuffled(found.document[chosen], "across", seed=seed)
   values[DEALT] = values["ridge"][partners.order]

@@ -137,7 +137,7 @@ def _task(config, about, routes, stores, given, mesh, seed) -> loop.Task:
     """Of one route, and its terms."""
     source, target = (frozen["scales"][site] for site in route[:2])
     predicted = hypernetwork.apply(about, params, route, source, target, x)
-    variance = jnp.square(target.scale)
+    variance = jnp.mean(jnp.square(target.scale))
     found = objective.activation_losses(predicted, y, target.mean, variance)
     own = {n: w for n, w in weights.items() if n in found}
     total = objective.total(found, own) if own else 0.0

@@ -7,8 +7,9 @@ writes what is to be added to a map that all layers of two models share,
   y = x (base + U V) + bias,
 
 so that layers which it has not seen get a map as well. x and y are in
-normalised coordinates, about the mean of a site and with mean square length
-1; these take unpaired activations of that site alone.
+normalised coordinates: each dim about its mean and in units of its deviation,
+since what the largest dims of a residual stream carry differs by layer. These
+take unpaired activations of a site alone.
 """
 
 import dataclasses
@@ -21,6 +22,8 @@ import numpy as np
 
 from gemma_jax.alignment.maps import Map, fit_ridge
 from gemma_jax.alignment.moments import Moments
+
+LEAST = 1e-6  # variance of a dim, as a share of the mean of all
 
 
 class Route(NamedTuple):
@@ -49,7 +52,8 @@ class SiteScale(NamedTuple):
 
   Attributes:
     mean: float32 [D].
-    scale: root mean square of |x - mean|, a scalar.
+    scale: float32 [D], the deviation of each dim times sqrt(D), so that the
+      mean square length of x is 1.
   """
 
   mean: jax.Array
@@ -74,7 +78,9 @@ class SiteScale(NamedTuple):
         f"shapes {mean.shape} and {variance.shape}, and a summed variance of "
         f"{total}"
       )
-    return cls(jnp.asarray(mean, jnp.float32), jnp.float32(np.sqrt(total)))
+    variance = np.maximum(variance, LEAST * variance.mean())
+    scale = np.sqrt(variance * len(variance))
+    return cls(*(jnp.asarray(a, jnp.float32) for a in (mean, scale)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,8 +299,9 @@ def as_map(
     np.asarray(a, np.float64)
     for a in (*written(config, params, route), source.mean, target.mean)
   )
-  weights = weights * (float(target.scale) / float(source.scale))
-  bias = mean + float(target.scale) * bias - shift @ weights
+  a, b = (np.asarray(site.scale, np.float64) for site in (source, target))
+  weights = weights / a[:, None] * b
+  bias = mean + b * bias - shift @ weights
   _, _, width, out = config.directions[route.direction]
   start, end = map(float, route.depths)
   return Map(
@@ -335,13 +342,17 @@ def _normalised(
 ) -> Moments:
   """Moments of the same rows in the coordinates of both sites."""
   means = (moments.mean_x, source), (moments.mean_y, target)
-  a, b = float(source.scale), float(target.scale)
-  sums = moments.xx / a**2, moments.xy / (a * b), moments.squares_y / b**2
+  a, b = (np.asarray(site.scale, np.float64) for site in (source, target))
+  sums = (
+    moments.xx / np.outer(a, a),
+    moments.xy / np.outer(a, b),
+    moments.squares_y / b**2,
+  )
   out = Moments(full=False)
   out.count = moments.count
   # About the means of the rows, so that the first sums are zero.
   out._shift = tuple(
-    (mean - np.asarray(site.mean, np.float64)) / float(site.scale)
+    (mean - np.asarray(site.mean, np.float64)) / np.asarray(site.scale)
     for mean, site in means
   )
   out._sums = [*(np.zeros_like(shift) for shift in out._shift), *sums]

@@ -93,7 +93,7 @@ def trained():
       source, target = sites
       there = Route("", "", direction, depths)
       made = hypernetwork.apply(CONFIG, params, there, source, target, x)
-      losses = activation_losses(made, y, target.mean, target.scale**2)
+      losses = activation_losses(made, y, target.mean, np.mean(target.scale**2))
       return total(losses, {"reconstruction": 1.0})
 
     return sum(
@@ -259,7 +259,7 @@ def test_gradients_are_finite_and_reach_everything():
       made = hypernetwork.apply(
         CONFIG, params, route(direction, 3), source, target, x
       )
-      losses = activation_losses(made, y, target.mean, target.scale**2)
+      losses = activation_losses(made, y, target.mean, np.mean(target.scale**2))
       found += total(losses, {"reconstruction": 1.0, "cosine": 0.5})
     return found
 
@@ -293,6 +293,7 @@ def test_the_scale_is_the_distance_from_the_mean():
   found = SiteScale.of(rows.mean(0), rows.var(0))
   away = (rows - found.mean) / found.scale
   assert np.mean(np.sum(away**2, 1)) == pytest.approx(1, rel=1e-5)
+  np.testing.assert_allclose(away.var(0), 1 / len(away.T), rtol=1e-5)
 
 
 # ----------------------------------------------------------------------- errors

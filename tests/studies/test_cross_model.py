@@ -134,14 +134,14 @@ def test_bad_configs_are_refused_at_once(change, message):
 
 
 def test_too_little_text_and_foreign_dictionaries_are_refused_early(
-  made, tmp_path, monkeypatch
+  made, tmp_path
 ):
   workdir, _ = made
   little = jobs.changed(
     twins(), {"text.corpus.excerpts.documents": 5, "text.heldout_fraction": 0.5}
   )
   little["text"]["corpus"]["excerpts"]["characters"] = 40
-  little["skip"] = 6
+  little["skip"] = 30
   with pytest.raises(ValueError, match=r"one more than their widths together"):
     study.run(little, tmp_path / "little")
   given = twins()

@@ -7,6 +7,8 @@ import unicodedata
 from gemma_jax.data.corpus import Corpus, shuffled
 from gemma_jax.data.document import Document, key
 
+SOURCE = "excerpts"
+
 
 def excerpts(
   corpus: Corpus, *, documents: int, characters: int, seed: int = 0
@@ -16,7 +18,9 @@ def excerpts(
   Models with other tokenizers can then read the same text whole, which budgets
   of tokens would end elsewhere for each. A piece starts at a line or, in a
   long one, where the document's id decides. Texts are in Unicode's normal form
-  C, to which some tokenizers bring them. Equal pieces are taken once.
+  C, to which some tokenizers bring them. Equal pieces are taken once. All are
+  one stratum, so that a budget of all tokens is read to its end; their names
+  say the sources.
 
   Args:
     corpus: to take from; memory is that of the pieces.
@@ -40,7 +44,11 @@ def excerpts(
       document = corpus[int(index)]
       text = _piece(document, characters)
       if text.strip():
-        found.setdefault(text, dataclasses.replace(document, text=text))
+        name = f"{document.source}: {document.name}"
+        piece = dataclasses.replace(
+          document, text=text, source=SOURCE, name=name
+        )
+        found.setdefault(text, piece)
       if len(found) == documents:
         return Corpus.of(list(found.values()))
   return Corpus.of(list(found.values()))

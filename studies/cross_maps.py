@@ -105,6 +105,37 @@ def blocks(
     )
 
 
+def take(
+  found: Paired,
+  pair: Pair,
+  source: Dictionary,
+  target: Dictionary,
+  rows: np.ndarray,
+  redrawn: np.ndarray | None,
+) -> Batch:
+  """Some rows of a route.
+
+  Args:
+    found: paired rows.
+    pair: source and target.
+    source: dictionary of the source.
+    target: of the target.
+    rows: int [n].
+    redrawn: of all rows, [P, D].
+  """
+  x, y = (np.asarray(found.store.take(rows, s), np.float32) for s in pair)
+  name = owner(pair.a)[0]
+  return Batch(
+    jnp.asarray(x),
+    source.encode(x),
+    jnp.asarray(y),
+    target.encode(y),
+    found.tokens[name][rows].astype(np.int32),
+    found.position(name)[rows].astype(np.int32),
+    None if redrawn is None else redrawn[rows],
+  )
+
+
 def moments(
   found: Paired, pair: Pair, encoders: Mapping[str, Dictionary] | None = None
 ) -> alignment.Moments:

@@ -3,17 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import metrics, progress
-from gemma_jax.activations import owner
 from gemma_jax.alignment import scores
 from gemma_jax.alignment.paired import Paired
 from gemma_jax.alignment.scores import Scores
 from gemma_jax.dictionaries import Dictionary
 from studies import cross_maps
-from studies.cross_maps import Batch, Contender
+from studies.cross_maps import Contender
 from studies.cross_sides import Pair, short
 
 NUMBERS = (
@@ -51,30 +49,6 @@ def route(pair: Pair) -> str:
   return f"{short(pair.a)} > {short(pair.b)}"
 
 
-def batches(
-  found: Paired,
-  pair: Pair,
-  source: Dictionary,
-  target: Dictionary,
-  redrawn: np.ndarray | None,
-):
-  """Held-out rows of a route: (rows, `Batch`)."""
-  name = owner(pair.a)[0]
-  for part, (x, y) in cross_maps.blocks(found.store, pair):
-    yield (
-      part,
-      Batch(
-        jnp.asarray(x),
-        source.encode(x),
-        jnp.asarray(y),
-        target.encode(y),
-        found.tokens[name][part].astype(np.int32),
-        found.position(name)[part].astype(np.int32),
-        None if redrawn is None else redrawn[part],
-      ),
-    )
-
-
 def measure(
   found: Paired,
   pair: Pair,
@@ -108,7 +82,9 @@ def measure(
   with progress.bar(
     total * len(contenders), f"scores {route(pair)}", unit="tokens"
   ) as bar:
-    for part, batch in batches(found, pair, source, target, redrawn):
+    for start in range(0, total, cross_maps.ROWS):
+      part = np.arange(start, min(start + cross_maps.ROWS, total))
+      batch = cross_maps.take(found, pair, source, target, part, redrawn)
       for one in contenders:
         guess = None
         if one.activations is not None:

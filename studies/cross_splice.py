@@ -9,7 +9,6 @@ target's own dictionary.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import metrics, models
@@ -19,7 +18,7 @@ from gemma_jax.alignment.paired import Paired
 from gemma_jax.dictionaries import Dictionary
 from gemma_jax.metrics import document_interval
 from gemma_jax.metrics.ablation import Given
-from studies import cross_scores
+from studies import cross_maps, cross_scores
 from studies.cross_maps import Batch, Contender
 from studies.cross_sides import Pair, Subject
 
@@ -88,7 +87,8 @@ def measure(
   name, site = owner(pair.b)
   target = dictionaries[pair.b][0]
   chosen = window(found, name, config)
-  batch = _batch(found, pair, dictionaries, chosen, redrawn)
+  source = dictionaries[pair.a][0]
+  batch = cross_maps.take(found, pair, source, target, chosen, redrawn)
   contenders = [one for one in contenders if one.name in SPLICED]
   values = {one.name: _written(one, batch, target) for one in contenders}
   partners = controls.shuffled(found.document[chosen], "across", seed=seed)
@@ -158,23 +158,6 @@ def measure(
         }
       )
   return rows, differences
-
-
-def _batch(found, pair, dictionaries, chosen, redrawn) -> Batch:
-  x, y = (
-    np.asarray(found.store.take(chosen, site), np.float32) for site in pair
-  )
-  source, target = (dictionaries[site][0] for site in pair)
-  name = owner(pair.a)[0]
-  return Batch(
-    jnp.asarray(x),
-    source.encode(x),
-    jnp.asarray(y),
-    target.encode(y),
-    found.tokens[name][chosen].astype(np.int32),
-    found.position(name)[chosen].astype(np.int32),
-    None if redrawn is None else redrawn[chosen],
-  )
 
 
 def _written(one: Contender, batch: Batch, target: Dictionary) -> np.ndarray:

@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
   c.redrawn_tokens = 24_576
   c.translator.width = 512
-  for network, steps in ((c.hypernetwork, 150), (c.translator, 250)):
+  for network, steps in ((c.hypernetwork, 150), (c.translator, 200)):
     network.steps = steps
     network.batch_size = 1_024
     network.log_every = 10
@@ -69,8 +69,8 @@ def get_config(arg: str = "") -> ConfigDict:
     network.learning_rate = 2e-3
   c.hypernetwork.batch_size = 512
   c.matching.rows = 32_768
-  c.text.heldout_fraction = 0.2
-  c.splice = ConfigDict({"documents": 24, "positions": 32, "batch_size": 8})
+  c.text.heldout_fraction = 0.15
+  c.splice = ConfigDict({"documents": 16, "positions": 32, "batch_size": 8})
   c.causal.pairs = (across(9, 16),)
   c.causal.latents = 8
   c.causal.documents = 12

@@ -414,9 +414,10 @@ def _contenders(rows: Rows, fitted: Fitted, way: Pair, codes, drawn):
         name,
         "network",
         maps[way],
-        unseen=name == UNSEEN and way in both_ways(rows.unseen),
+        unseen=name == UNSEEN,
       )
       for name, maps in fitted.written.items()
+      if name != UNSEEN or way in both_ways(rows.unseen)
     ),
     *translators,
     *cross_maps.shuffled_pairs(train, way, seed=config["seed"]),

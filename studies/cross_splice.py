@@ -25,7 +25,7 @@ from studies.cross_sides import Pair, Subject
 DEALT = "dealt"  # the ridge map of another document's source
 # Of the ladder; every one is a run of the model.
 SPLICED = (
-  *("mean", "token", "ridge", "decoded_ridge", "code_ridge", "translator"),
+  *("token", "ridge", "decoded_ridge", "code_ridge", "translator"),
   *("hypernetwork", "hypernetwork_unseen", "shuffled_across", "redrawn"),
   *("other_seed", "own"),
 )

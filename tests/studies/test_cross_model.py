@@ -54,13 +54,14 @@ def test_every_route_has_the_whole_ladder_with_floors_and_ceilings(made):
   ]
   for route in routes:
     rows = by_map(results, route)
-    assert set(rows) == MAPS
+    left_out = set() if "llama" in route else {"hypernetwork_unseen"}
+    assert set(rows) == MAPS - left_out
     assert rows["own"]["r2_pooled"] == 1
     assert abs(rows["mean"]["r2_pooled"]) < 1e-5
     assert rows["mean"]["delta_token"] < 0 < rows["own"]["delta_ridge"]
     assert all(np.isfinite(row["fvu_decoded"]) for row in rows.values())
     spliced = set(by_map(results, route, "splice"))
-    assert spliced == {*cross_splice.SPLICED, "dealt"}
+    assert spliced == {*cross_splice.SPLICED, "dealt"} - left_out
   assert json.loads(json.dumps(results)) == results
 
 

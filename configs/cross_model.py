@@ -146,6 +146,8 @@ def smoke(c: ConfigDict) -> None:
   c.run.dictionary.width = 128
   c.run.train.steps = 30
   c.run.train.batch_size = 256
+  c.run.eval.splice_tokens = 200
+  c.run.eval.latents = 2
   c.maps.rank = 8
   c.redrawn_tokens = 2_000
   c.hypernetwork.rank = 8

@@ -11,6 +11,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 import gemma_jax
 from gemma_jax.activations import ActivationStore, layout
@@ -79,6 +80,7 @@ def chunk_files(store):
   }
 
 
+@pytest.mark.slow
 def test_a_harvest_killed_at_random_moments_ends_as_one_left_alone(
   tmp_path, monkeypatch
 ):

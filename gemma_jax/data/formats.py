@@ -18,6 +18,7 @@ _JSONL_SUFFIXES = (
 )
 
 
+@functools.cache
 def builtin() -> Corpus:
   """The text that every Python installation carries: no download.
 
@@ -25,7 +26,8 @@ def builtin() -> Corpus:
   see `standard_library.documents`.
 
   Returns:
-    Documents in a fixed order; the same for the same Python version.
+    Documents in a fixed order; the same for the same Python version, and
+    read once in a process.
   """
   return Corpus.of(standard_library.documents())
 

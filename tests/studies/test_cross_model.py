@@ -1,6 +1,7 @@
 """The study across models, whole, on two tiny models that are the same one."""
 
 import json
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ MAPS = {
 }
 
 
-def twins():
-  """The smoke config, of a model and itself under another name, one pair."""
+def twins(texts=None):
+  """The smoke config, of a model and itself under another name, one pair.
+
+  On the texts of a directory, which are found sooner than the builtin ones.
+  """
   c = cross_model_270m.get_config("smoke")
   c.pairs = c.pairs[:1]
   c.models.llama = c.models.gemma
@@ -27,15 +31,26 @@ def twins():
     ("gemma:blocks.0.resid_post", "llama:blocks.0.resid_post"),
     ("gemma:blocks.2.resid_post", "llama:blocks.2.resid_post"),
   )
-  return jobs.plain(c)
+  config = jobs.plain(c)
+  if texts is not None:
+    config["text"]["corpus"] |= {"kind": "text", "path": str(texts)}
+  return config
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def texts(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("texts")
+  for name, text in sorted(topics.items()):
+    (folder / f"{name}.txt").write_text(text)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, texts):
   folder = tmp_path_factory.mktemp("cross")
   patch = pytest.MonkeyPatch()
   patch.setenv("GEMMA_JAX_CACHE", str(folder / "cache"))
-  results = study.run(twins(), folder / "run")
+  results = study.run(twins(texts), folder / "run")
   yield folder / "run", results
   patch.undo()
 
@@ -94,17 +109,19 @@ def test_what_was_never_seen_stands_beside_cheaper_guesses(made):
     assert fvu["fitted_ridge"] < 1e-3
 
 
-def test_it_leaves_a_page_and_goes_on_from_what_is_there(made, monkeypatch):
+def test_it_leaves_a_page_and_goes_on_from_what_is_there(
+  made, texts, monkeypatch
+):
   workdir, results = made
   for name in ("report.html", "table.md", "config.json", "results.json"):
     assert (workdir / name).stat().st_size > 0
   assert results["verdicts"]
   assert report.summary(results)
-  assert study.run(twins(), workdir) == results
+  assert study.run(twins(texts), workdir) == results
   # Pairs that are done are not done again.
   (workdir / "results.json").rename(workdir / "before.json")
   monkeypatch.setattr(study, "_pair", lambda *_: pytest.fail("done again"))
-  again = study.run(twins(), workdir)
+  again = study.run(twins(texts), workdir)
   assert again["rows"] == results["rows"]
 
 
@@ -143,17 +160,18 @@ def test_bad_configs_are_refused_at_once(change, message):
 
 
 def test_too_little_text_and_foreign_dictionaries_are_refused_early(
-  made, tmp_path
+  made, texts, tmp_path
 ):
   workdir, _ = made
   little = jobs.changed(
-    twins(), {"text.corpus.excerpts.documents": 5, "text.heldout_fraction": 0.5}
+    twins(texts),
+    {"text.corpus.excerpts.documents": 5, "text.heldout_fraction": 0.5},
   )
   little["text"]["corpus"]["excerpts"]["characters"] = 40
   little["skip"] = 30
   with pytest.raises(ValueError, match=r"one more than their widths together"):
     study.run(little, tmp_path / "little")
-  given = twins()
+  given = twins(texts)
   found = next((workdir / "dictionaries").glob("gemma_1/members/*0/dictionary"))
   given["pairs"] = [["gemma:blocks.2.resid_post", "llama:blocks.2.resid_post"]]
   given["network_pairs"], given["unseen"] = [], []

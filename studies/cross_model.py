@@ -339,7 +339,9 @@ def _pair(rows: Rows, fitted: Fitted, pair: Pair, load) -> dict[str, list]:
       side: (numbers, np.asarray(store.take(at, own), np.float32))
       for side, (store, numbers, at) in redrawn[name].items()
     }
-    contenders = _contenders(rows, fitted, way, m, drawn["train"])
+    contenders = _contenders(
+      rows, fitted, both["train"], way, m, drawn["train"]
+    )
     out["rows"] += cross_scores.measure(
       both["heldout"],
       way,
@@ -386,7 +388,7 @@ def _pair(rows: Rows, fitted: Fitted, pair: Pair, load) -> dict[str, list]:
       pair,
       chosen,
       {
-        way: cross_maps.linear(fitted.moments[way], config["maps"])["ridge"]
+        way: alignment.fit_ridge(fitted.moments[way])
         for way in (pair, pair.turned)
       },
       load,
@@ -397,9 +399,11 @@ def _pair(rows: Rows, fitted: Fitted, pair: Pair, load) -> dict[str, list]:
   return out
 
 
-def _contenders(rows: Rows, fitted: Fitted, way: Pair, codes, drawn):
+def _contenders(
+  rows: Rows, fitted: Fitted, train: Paired, way: Pair, codes, drawn
+):
   """Every map of a route, from floors to ceilings."""
-  config, train = rows.config, rows.found[_names(rows, way)]["train"]
+  config = rows.config
   source, target = (rows.trained[site] for site in way)
   linear = cross_maps.linear(fitted.moments[way], config["maps"])
   numbers, x = drawn
@@ -428,11 +432,6 @@ def _contenders(rows: Rows, fitted: Fitted, way: Pair, codes, drawn):
 
 def _listed(causal: Mapping[str, Any]) -> list[Pair]:
   return [Pair(*one) for one in causal.get("pairs", ())]
-
-
-def _names(rows: Rows, way: Pair) -> tuple[str, str]:
-  """Under which both ways of a pair are found."""
-  return way.models if way.models in rows.found else way.turned.models
 
 
 def kept(path: pathlib.Path, make: Callable[[], Any]) -> Any:

@@ -67,10 +67,7 @@ def network_config(config, subjects, pairs: Sequence[Pair]) -> hyper.Config:
 def route_of(about: hyper.Config, subjects, way: Pair) -> Route:
   """A pair's place among the directions, and its depths."""
   named = [direction[:2] for direction in about.directions]
-  depths = tuple(
-    (layer(site) + 1) / subjects[owner(site)[0]].config.num_layers
-    for site in way
-  )
+  depths = tuple(_depths(subjects, way).tolist())
   return Route(way.a, way.b, named.index(way.models), depths)
 
 
@@ -192,7 +189,7 @@ def unseen(
     subjects: by name.
   """
   here = scales(moments[way])
-  own = np.array(_depths(subjects, way))
+  own = _depths(subjects, way)
   others = [one for one in seen if one.models == way.models]
   order = sorted(
     others, key=lambda one: np.abs(_depths(subjects, one) - own).sum()

@@ -15,7 +15,7 @@ import numpy as np
 
 from gemma_jax import activations, cache, data, dictionaries, models
 from gemma_jax.activations import ActivationStore, owner
-from gemma_jax.alignment.paired import Paired, Side, pair_stores
+from gemma_jax.alignment.paired import Paired, Side, pair_stores, rows_of
 from gemma_jax.alignment.pairing import pair_windows
 from gemma_jax.dictionaries import Dictionary
 from gemma_jax.models import perturb, sites
@@ -321,7 +321,7 @@ def redrawn(
     )
     places = found[split].places(subject.name)
     kept = np.flatnonzero(places[:, 0] < count)
-    rows = (np.cumsum(some.mask) - 1).reshape(some.mask.shape)
+    rows = rows_of(Side(subject.name, store, some))
     out[split] = store, kept, rows[*places[kept].T]
   return out
 

@@ -88,7 +88,7 @@ def pair_stores(a: Side, b: Side, *, skip: int = 4) -> Paired:
   }
   where = _path(sides, skip)
   if not is_complete(where):
-    rows = {name: _rows(sides[name])[*at.T] for name, at in places.items()}
+    rows = {name: rows_of(sides[name])[*at.T] for name, at in places.items()}
     _write(sides, pairs, rows, where)
   return Paired(ActivationStore.open(where), pairs, tokens)
 
@@ -105,8 +105,12 @@ def _path(sides: dict[str, Side], skip: int) -> pathlib.Path:
   return cache.directory("pairs", hashlib.sha256(text).hexdigest()[:24])
 
 
-def _rows(side: Side) -> np.ndarray:
-  """Which row of the store a counted position is, int64 [W, T]."""
+def rows_of(side: Side) -> np.ndarray:
+  """Which row of the store a counted position is, int64 [W, T].
+
+  Raises:
+    ValueError: a store of other tokens than the windows'.
+  """
   windows, store = side.windows, side.store
   wanted = windows.tokens[windows.mask]
   if len(wanted) != len(store) or not np.array_equal(

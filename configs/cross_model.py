@@ -82,6 +82,9 @@ def study() -> ConfigDict:
   c.hypernetwork.embedding = 8
   c.hypernetwork.frequencies = 2
   c.hypernetwork.weights = ConfigDict(weights)
+  # What the target then predicts; above 0, every step runs all models.
+  c.hypernetwork.weights.kl = 0.0
+  c.hypernetwork.kl_windows = 1
   c.translator = ConfigDict()
   c.translator.width = 1_024
   c.translator.dropout = 0.1

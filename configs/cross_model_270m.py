@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
   run.eval.latents = 5
   c.run = run
 
-  c.redrawn_tokens = 24_576
+  c.redrawn_tokens = 16_384
   c.translator.width = 512
   for network, steps in ((c.hypernetwork, 150), (c.translator, 200)):
     network.steps = steps

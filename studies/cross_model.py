@@ -42,7 +42,7 @@ from studies import (
 from studies.cross_maps import Contender
 from studies.cross_networks import both_ways
 from studies.cross_sides import Pair
-from trainers import dictionary, fields, translator
+from trainers import dictionary, fields, hypernetwork, translator
 
 log = logging.getLogger("gemma_jax")
 
@@ -74,7 +74,7 @@ FIELDS = {
     "shrinkage": float,  # of cca's covariances
   },
   "redrawn_tokens": int,  # that the map from redrawn weights is fitted on
-  "hypernetwork": fields.Free,  # see trainers.hypernetwork
+  "hypernetwork": hypernetwork.FIELDS,
   "translator": fields.Free,  # see trainers.translator; empty: none
   "matching": {"rows": int, "draws": int, "least": int},
   "features": {"count": int, "contexts": int},  # side by side on the page
@@ -140,8 +140,16 @@ def prepare(config: Mapping[str, Any]):
       "read other parts of long documents. Give {'documents': 500, "
       "'characters': 1000} or the like."
     )
-  if config["causal"]:
-    fields.check({"causal": config["causal"]}, {"causal": cross_effects.FIELDS})
+  mesh = models.make_mesh(config["mesh"])
+  hypernetwork.check(config["hypernetwork"], mesh)
+  for name, own in (
+    ("translator", translator.FIELDS),
+    ("causal", cross_effects.FIELDS),
+  ):
+    if config[name]:
+      fields.check({name: config[name]}, {name: own})
+  if config["translator"]:
+    translator.check(config["translator"], mesh)
   known = {
     name: models.describe(source) for name, source in config["models"].items()
   }
@@ -188,8 +196,8 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   rows = Rows(config, subjects, harvested, found, trained, pairs, more, unseen)
   parts: dict[str, list] = {name: [] for name in LISTS}
   with jax.default_matmul_precision("highest"):
-    fitted = _fit(rows, workdir)
     load = functools.cache(lambda name: subjects[name].load(config))
+    fitted = _fit(rows, load, workdir)
     for pair in pairs:
       said = kept(
         workdir / "pairs" / f"{re.sub('[^a-z0-9]+', '_', pair.name)}.json",
@@ -277,7 +285,7 @@ class Fitted(NamedTuple):
   statistics: Mapping[str, CodeStatistics]
 
 
-def _fit(rows: Rows, workdir: pathlib.Path) -> Fitted:
+def _fit(rows: Rows, load, workdir: pathlib.Path) -> Fitted:
   every = [*rows.pairs, *rows.more]
   moments = {}
   for pair in every:
@@ -299,6 +307,7 @@ def _fit(rows: Rows, workdir: pathlib.Path) -> Fitted:
       [pair for pair in every if pair not in left_out],
       moments,
       encoders,
+      load,
       workdir / name,
     )
   translators = {}

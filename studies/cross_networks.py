@@ -1,7 +1,7 @@
 """The networks of a study across models: what they learn from, and give."""
 
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from studies import cross_maps, cross_scores
 from studies.cross_maps import Contender
 from studies.cross_sides import Pair, layer
 from trainers import hypernetwork, translator
+from trainers.downstream import Downstream
 
 DEFINITIONS = {
   "unseen": (
@@ -72,7 +73,14 @@ def route_of(about: hyper.Config, subjects, way: Pair) -> Route:
 
 
 def train_hypernetwork(
-  config, subjects, found, pairs, moments, encoders, workdir: pathlib.Path
+  config,
+  subjects,
+  found,
+  pairs,
+  moments,
+  encoders,
+  load: Callable[[str], models.Model],
+  workdir: pathlib.Path,
 ) -> dict[Pair, Map]:
   """The maps of all directions of the pairs that it learns from, and more.
 
@@ -83,6 +91,7 @@ def train_hypernetwork(
     pairs: that it learns from.
     moments: of both directions of every pair of the study.
     encoders: by site; of sites without any, activations alone count.
+    load: (name) -> the model; called where the term "kl" has a weight.
     workdir: of its own.
 
   Returns:
@@ -102,17 +111,27 @@ def train_hypernetwork(
   known = {}
   for way, m in moments.items():
     known |= dict(zip(way, scales(m), strict=True))
+  rows = [found[_key(found, way)]["train"] for way in ways]
+  downstream = None
+  if config["hypernetwork"]["weights"].get("kl"):
+    targets = sorted({way.models[1] for way in ways})
+    downstream = Downstream(
+      {name: load(name) for name in targets},
+      {name: subjects[name].windows["train"].tokens for name in targets},
+      rows,
+    )
   trained = hypernetwork.train(
     config["hypernetwork"],
     about,
     routes,
-    [found[_key(found, way)]["train"].store for way in ways],
+    [one.store for one in rows],
     known,
     bases,
     encoders,
     workdir,
     mesh=models.make_mesh(config["mesh"]),
     seed=config["seed"],
+    downstream=downstream,
   )
   return {
     way: hyper.as_map(

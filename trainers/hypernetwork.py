@@ -1,5 +1,6 @@
 """One network that writes the maps of all routes: both ways, all layers."""
 
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,15 +15,30 @@ from jax.sharding import PartitionSpec as P
 from gemma_jax.activations import ActivationStore
 from gemma_jax.alignment import hypernetwork, objective
 from gemma_jax.alignment.hypernetwork import Config, Route, SiteScale
+from gemma_jax.alignment.objective import TERMS
 from trainers import fields, loop, paired
+from trainers.downstream import Downstream, Texts
 from trainers.paired import Encoder
 
 SIZES = {"rank": int, "width": int, "embedding": int, "frequencies": int}
 FIELDS = {
   **SIZES,  # of gemma_jax.alignment.hypernetwork.Config
   **paired.FIELDS,
+  "kl_windows": int,  # of a target's text, in a step; for the term "kl"
 }
-OF_ACTIVATIONS = ("reconstruction", "cosine")
+OF_ACTIVATIONS = ("reconstruction", "cosine", "kl")
+
+
+def check(config: Mapping[str, Any], mesh: Mesh) -> None:
+  """Raises ValueError for what can be known before there are rows."""
+  fields.check(config, FIELDS)
+  paired.check_config(config, mesh, (*TERMS, "kl"))
+  count = config["kl_windows"]
+  if config["weights"].get("kl") and (count < 1 or count % mesh.shape["data"]):
+    raise ValueError(
+      "expected kl_windows of 1 or more that the mesh's axis 'data' divides, "
+      f"got {count} and {dict(mesh.shape)}"
+    )
 
 
 def train(
@@ -37,12 +53,15 @@ def train(
   *,
   mesh: Mesh,
   seed: int,
+  downstream: Downstream | None = None,
 ) -> dict:
   """Trains on all routes at once; goes on from the newest checkpoint.
 
   Minimised is the mean over routes of what the activations are off and, where
   the target's site has an encoder, of what the codes of the mapped activations
-  are off. A weight counts for the terms of its name in both.
+  are off. A weight counts for the terms of its name in both. With a weight for
+  "kl", so is what the target model predicts with the mapped activations in
+  place of its own; every step then runs and differentiates these models.
 
   Args:
     config: with exactly the fields of `FIELDS`.
@@ -55,7 +74,8 @@ def train(
     workdir: of this training alone. Its checkpoints hold the encoders too.
     mesh: with an axis "data", over which rows are split; an axis "fsdp" splits
       the largest matrices.
-    seed: of parameters, rows and sampled latents.
+    seed: of parameters, rows, sampled latents and texts.
+    downstream: of all targets; for the term "kl" alone.
 
   Returns:
     Parameters of `alignment.hypernetwork`, on the host.
@@ -65,25 +85,50 @@ def train(
       fit, or a workdir of another training.
     FloatingPointError, SystemExit: as `loop.train`.
   """
-  fields.check(config, FIELDS)
+  check(config, mesh)
   encoders = {
     r.target: encoders[r.target] for r in routes if r.target in encoders
   }
-  paired.check(config, routes, stores, encoders, mesh)
+  paired.check(config, routes, stores, encoders)
+  texts = _texts(config, routes, stores, downstream, mesh, seed)
   bases = [None] * len(about.directions) if bases is None else list(bases)
   _check(config, about, routes, stores, scales, bases, encoders)
   frozen = {
     "scales": {site: scales[site] for r in routes for site in r[:2]},
     "encoders": encoders,
   }
-  paired.claim(workdir, config, routes, stores, seed, (frozen, bases))
+  read = texts and downstream.tokens
+  paired.claim(workdir, config, routes, stores, seed, (frozen, bases, read))
   state = loop.train(
-    _task(config, about, routes, stores, (bases, frozen), mesh, seed),
+    _task(config, about, routes, stores, (bases, frozen), texts, mesh, seed),
     workdir,
     mesh=mesh,
     **{name: config[name] for name in paired.LOOP},
   )
   return jax.device_get(state.params)
+
+
+def _texts(config, routes, stores, downstream, mesh, seed) -> Texts | None:
+  """For the term "kl", if it has a weight."""
+  if not config["weights"].get("kl"):
+    return None
+  if downstream is None:
+    raise ValueError(
+      'expected models and texts for the term "kl", got none; give downstream, '
+      "or no weight for it"
+    )
+  for name, model in downstream.models.items():
+    if set(model.mesh.devices.flat) != set(mesh.devices.flat):
+      raise ValueError(
+        f"expected {name} on the {mesh.size} devices of the training, got it "
+        f"on {model.mesh.size}"
+      )
+    if model.num_loaded < model.config.num_layers:
+      raise ValueError(
+        f"expected {name} with its {model.config.num_layers} layers, got the "
+        f"first {model.num_loaded}"
+      )
+  return Texts(routes, stores, downstream, config["kl_windows"], seed)
 
 
 def _check(
@@ -125,7 +170,9 @@ def _check(
     )
 
 
-def _task(config, about, routes, stores, given, mesh, seed) -> loop.Task:
+def _task(
+  config, about, routes, stores, given, texts: Texts | None, mesh, seed
+) -> loop.Task:
   adam, rows = paired.optimizer(config), paired.Rows(routes, stores)
   weights = dict(config["weights"])
 
@@ -133,22 +180,29 @@ def _task(config, about, routes, stores, given, mesh, seed) -> loop.Task:
     params = hypernetwork.init(jax.random.key(seed), about, bases)
     return params, adam.init(params), frozen
 
-  def loss(params, frozen, route, x, y, codes, key):
+  def loss(params, frozen, route, x, y, codes, key, apart):
     """Of one route, and its terms."""
     source, target = (frozen["scales"][site] for site in route[:2])
-    predicted = hypernetwork.apply(about, params, route, source, target, x)
+    write = functools.partial(
+      hypernetwork.apply, about, params, route, source, target
+    )
+    predicted = write(x)
     variance = jnp.mean(jnp.square(target.scale))
     found = objective.activation_losses(predicted, y, target.mean, variance)
     own = {n: w for n, w in weights.items() if n in found}
     total = objective.total(found, own) if own else 0.0
     terms = {"fvu": found["reconstruction"], "cosine": found["cosine"]}
+    if apart is not None:
+      terms["kl"] = apart(write)
+      total += weights["kl"] * terms["kl"]
     if codes is not None:
       encoder = frozen["encoders"][route.target]
       sampled = paired.sample(key, codes.shape[1], config)
       found = objective.code_losses(
         *encoder(predicted), codes, encoder.about, sampled
       )
-      total += objective.total(found, weights)
+      own = {n: w for n, w in weights.items() if n in found}
+      total += objective.total(found, own) if own else 0.0
       terms |= {f"code_{name}": value for name, value in found.items()}
     return total / len(routes), terms
 
@@ -171,6 +225,7 @@ def _task(config, about, routes, stores, given, mesh, seed) -> loop.Task:
         batch[y],
         codes.get(y),
         jax.random.fold_in(key, i),
+        texts and functools.partial(texts.kl, i, batch),
       )
       value, terms = value + one, [*terms, found]
       gradients = own if i == 0 else jax.tree.map(jnp.add, gradients, own)
@@ -192,18 +247,20 @@ def _task(config, about, routes, stores, given, mesh, seed) -> loop.Task:
       return P(None, "fsdp")
     return P()
 
+  batches, more = rows.batches(config, seed), texts.shapes() if texts else {}
   return loop.Task(
     members=("",),
     init=init,
     init_args=lambda: given,
     init_shapes=jax.eval_shape(lambda *x: x, *given),
     step=step,
-    batches=rows.batches(config, seed),
-    batch_shapes=rows.shapes(config["batch_size"]),
+    batches=texts.beside(batches) if texts else batches,
+    batch_shapes={**rows.shapes(config["batch_size"]), **more},
     rule=rule,
     by_row=P("data"),
-    shown=("loss", "fvu"),
+    shown=("loss", "fvu", "kl") if texts else ("loss", "fvu"),
     watch=_watch,
+    constant=texts.constant if texts else {},
   )
 
 

@@ -67,6 +67,8 @@ class Task:
     by_row: how the rows of a batch are split.
     shown: metrics for the progress bar.
     watch: (metrics of a member) -> {kind of trouble: a sentence}.
+    constant: what `step` finds in every batch besides, by name: arrays on the
+      mesh, which no checkpoint holds.
   """
 
   members: tuple[str, ...]
@@ -80,6 +82,7 @@ class Task:
   by_row: P
   shown: tuple[str, ...]
   watch: Callable[[Mapping[str, float]], dict[str, str]] = lambda row: {}
+  constant: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def train(
@@ -106,8 +109,9 @@ def train(
   def fresh(*args) -> State:
     zero = jnp.zeros((), jnp.int32)
     params, opt_state, extra = task.init(*args)
+    batch = {**task.batch_shapes, **jax.eval_shape(lambda: dict(task.constant))}
     *_, finite, metrics = jax.eval_shape(
-      task.step, params, opt_state, extra, task.batch_shapes, zero
+      task.step, params, opt_state, extra, batch, zero
     )
     sums = {name: jnp.zeros(x.shape) for name, x in metrics.items()}
     first_bad = jnp.full(finite.shape, -1, jnp.int32)
@@ -152,17 +156,20 @@ def train(
     metrics["first_bad"] = first_bad
     return State(state.step + 1, *new, sums, first_bad), metrics
 
-  def updates(state: State, batches):
+  def updates(state: State, constant, batches):
+    def one(state, batch):
+      return update(state, {**batch, **constant})
+
     if len(batches) == 1:
-      return update(state, batches[0])
+      return one(state, batches[0])
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
-    state, metrics = jax.lax.scan(update, state, stacked)
+    state, metrics = jax.lax.scan(one, state, stacked)
     return state, jax.tree.map(lambda x: x[-1], metrics)
 
   step_fn = jax.jit(
     updates,
     donate_argnums=0,
-    in_shardings=(shardings, by_row),
+    in_shardings=(shardings, None, by_row),
     out_shardings=(shardings, None),
   )
   # Logs and checkpoints fall on the end of a dispatch.
@@ -177,7 +184,7 @@ def train(
 
   # ----------------------------------------------------------------- loop
   record = _Record(workdir, start, steps, batch_size, task, track)
-  batches = task.batches(start, by_row)
+  batches, constant = task.batches(start, by_row), dict(task.constant)
   done = start
   with contextlib.ExitStack() as stack:
     stack.callback(store.close)
@@ -189,7 +196,7 @@ def train(
     while done < steps:
       several = tuple(dict(next(batches)) for _ in range(stride))
       with jax.transfer_guard("disallow"):
-        state, metrics = step_fn(state, several)
+        state, metrics = step_fn(state, constant, several)
       done += stride
       if pending is not None:  # the device is busy with the step just sent
         record.write(*pending)

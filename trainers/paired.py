@@ -27,7 +27,7 @@ FIELDS = {
   "steps": int,
   "batch_size": int,  # rows of every store in a step
   "learning_rate": float,  # the highest: after `WARMUP`, before a cosine
-  "weights": fields.Free,  # of some of alignment.objective.TERMS
+  "weights": fields.Free,  # of some of the terms of alignment.objective
   "sampled": int,  # latents in the term "correlation"
   "buffer_rows": int,  # of every store, shuffled in memory
   "log_every": int,
@@ -179,14 +179,16 @@ def sample(key: jax.Array, width: int, config: Mapping[str, Any]) -> jax.Array:
   return jax.random.choice(key, width, (config["sampled"],), replace=False)
 
 
-def check(
-  config: Mapping[str, Any],
-  routes: Sequence[tuple],
-  stores: Sequence[ActivationStore],
-  encoders: Mapping[str, Encoder],
-  mesh: Mesh,
+def check_config(
+  config: Mapping[str, Any], mesh: Mesh, terms: Sequence[str] = TERMS
 ) -> None:
-  """Raises ValueError for what would only fail in training, or go unseen."""
+  """Raises ValueError for what no rows can be trained with.
+
+  Args:
+    config: of the training.
+    mesh: of the training.
+    terms: that may have a weight.
+  """
   for name in (*LOOP, "buffer_rows"):
     if config[name] < 1:
       raise ValueError(f"expected {name} of 1 or more, got {config[name]}")
@@ -196,7 +198,7 @@ def check(
     )
   weights = config["weights"]
   if (
-    set(weights) - set(TERMS)
+    set(weights) - set(terms)
     or not all(
       isinstance(w, (int, float)) and 0 <= w < math.inf
       for w in weights.values()
@@ -204,18 +206,27 @@ def check(
     or not any(weights.values())
   ):
     raise ValueError(
-      f"expected weights of 0 or more for some of {', '.join(TERMS)}, got "
+      f"expected weights of 0 or more for some of {', '.join(terms)}, got "
       f"{dict(weights)}"
-    )
-  if not routes or len(routes) != len(stores):
-    raise ValueError(
-      f"expected routes and a store for each, got {len(routes)} routes and "
-      f"{len(stores)} stores"
     )
   if "data" not in mesh.shape or config["batch_size"] % mesh.shape["data"]:
     raise ValueError(
       f"expected a batch_size that the mesh's axis 'data' divides, got "
       f"{config['batch_size']} and {dict(mesh.shape)}"
+    )
+
+
+def check(
+  config: Mapping[str, Any],
+  routes: Sequence[tuple],
+  stores: Sequence[ActivationStore],
+  encoders: Mapping[str, Encoder],
+) -> None:
+  """Raises ValueError for what would only fail in training, or go unseen."""
+  if not routes or len(routes) != len(stores):
+    raise ValueError(
+      f"expected routes and a store for each, got {len(routes)} routes and "
+      f"{len(stores)} stores"
     )
   for (source, target, *_), store in zip(routes, stores, strict=True):
     for site in (source, target):

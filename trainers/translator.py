@@ -26,6 +26,17 @@ FIELDS = {
 }
 
 
+def check(config: Mapping[str, Any], mesh: Mesh) -> None:
+  """Raises ValueError for what can be known before there are rows."""
+  fields.check(config, FIELDS)
+  paired.check_config(config, mesh)
+  if config["width"] < 1 or not 0 <= config["dropout"] < 1:
+    raise ValueError(
+      "expected a width of 1 or more and a dropout of 0 to below 1, got "
+      f"{config['width']} and {config['dropout']}"
+    )
+
+
 def train(
   config: Mapping[str, Any],
   routes: Sequence[tuple],
@@ -61,12 +72,7 @@ def train(
       workdir of another training.
     FloatingPointError, SystemExit: as `loop.train`.
   """
-  fields.check(config, FIELDS)
-  if config["width"] < 1 or not 0 <= config["dropout"] < 1:
-    raise ValueError(
-      "expected a width of 1 or more and a dropout of 0 to below 1, got "
-      f"{config['width']} and {config['dropout']}"
-    )
+  check(config, mesh)
   used = sorted({site for route in routes for site in route[:2]})
   if lacking := [
     s for s in used if s not in dictionaries or s not in statistics
@@ -76,7 +82,7 @@ def train(
       f"none for {', '.join(lacking)}"
     )
   encoders = {s: encoder(dictionaries[s], statistics[s]) for s in used}
-  paired.check(config, routes, stores, encoders, mesh)
+  paired.check(config, routes, stores, encoders)
   paired.claim(workdir, config, routes, stores, seed, encoders)
   state = loop.train(
     _task(config, routes, paired.Rows(routes, stores), encoders, seed),

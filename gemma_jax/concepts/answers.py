@@ -9,10 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.models import families
 from gemma_jax.models.attention import soft_cap
 from gemma_jax.models.config import ModelConfig
-from gemma_jax.models.forward import head
+from gemma_jax.models.forward import final_norm, head, logits
 
 BLOCK = 4096  # tokens of the vocabulary
 
@@ -58,13 +57,13 @@ def before(cfg: ModelConfig, params, x: jax.Array, tokens: jax.Array) -> Before:
     x: resid_post of the last block, [N, D].
     tokens: of the answers, int [N].
   """
-  table, x = head(cfg, params), _normed(cfg, params, x)
+  table, x = head(cfg, params), final_norm(cfg, params, x)
   own = _logits(cfg, x, table[tokens])
 
   def step(carry, block):
     total, rank, best, top = carry
     ids, rows, new = block
-    z = jnp.where(new, soft_cap(_product(x, rows), cfg.final_softcap), -jnp.inf)
+    z = jnp.where(new, logits(cfg, x, rows), -jnp.inf)
     rank += jnp.sum((z > own[:, None]) & (ids != tokens[:, None]), axis=1)
     peak = jnp.max(z, axis=1)
     here = ids[jnp.argmax(z, axis=1)]
@@ -99,8 +98,8 @@ def after(
     tokens: of the answers, int [N].
   """
   table, several = head(cfg, params), changed.shape[:2]
-  x = _normed(cfg, params, changed).reshape(-1, changed.shape[-1])
-  reference = _normed(cfg, params, clean)
+  x = final_norm(cfg, params, changed).reshape(-1, changed.shape[-1])
+  reference = final_norm(cfg, params, clean)
 
   def beside(ids):
     rows = jnp.broadcast_to(table[ids], (*several, table.shape[1]))
@@ -113,8 +112,7 @@ def after(
   def step(carry, block):
     total, rank, over, cross, entropy = carry
     ids, rows, new = block
-    z = soft_cap(_product(x, rows), cfg.final_softcap)
-    plain = soft_cap(_product(reference, rows), cfg.final_softcap)
+    z, plain = logits(cfg, x, rows), logits(cfg, reference, rows)
     p = jnp.where(new, jnp.exp(plain - known.log_total[:, None]), 0)
     cross += jnp.sum(p * z.reshape(*several, -1), axis=2)
     entropy += jnp.sum(p * plain, axis=1)
@@ -143,15 +141,6 @@ def after(
     rank.reshape(several),
     (over > 0).reshape(several),
   )
-
-
-def _normed(cfg, params, x):
-  return families.of(cfg).norm(cfg, params, "final_norm", x)
-
-
-def _product(x, rows):
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  return jnp.einsum("nd,vd->nv", x, rows, preferred_element_type=wide)
 
 
 def _logits(cfg, x, rows):

@@ -275,14 +275,32 @@ def unembed(cfg: ModelConfig, params, x: jax.Array) -> jax.Array:
   """
   table = head(cfg, params)
   with jax.named_scope("unembed"):
-    x = families.of(cfg).norm(cfg, params, "final_norm", x)
-    logits = jnp.einsum(
-      "...d,vd->...v",
-      x,
-      table,
-      preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-    )
-    return attention_lib.soft_cap(logits, cfg.final_softcap)
+    return logits(cfg, final_norm(cfg, params, x), table)
+
+
+def final_norm(cfg: ModelConfig, params, x: jax.Array) -> jax.Array:
+  """What the head reads: resid_post [..., D] of the last block, normalised."""
+  return families.of(cfg).norm(cfg, params, "final_norm", x)
+
+
+def logits(cfg: ModelConfig, x: jax.Array, rows: jax.Array) -> jax.Array:
+  """Of some tokens of the vocabulary, soft-capped.
+
+  Args:
+    cfg: of the model.
+    x: of `final_norm`, [..., D].
+    rows: of the head, [S, D].
+
+  Returns:
+    [..., S] in float32 or wider.
+  """
+  product = jnp.einsum(
+    "...d,vd->...v",
+    x,
+    rows,
+    preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+  )
+  return attention_lib.soft_cap(product, cfg.final_softcap)
 
 
 def head(cfg: ModelConfig, params) -> jax.Array:

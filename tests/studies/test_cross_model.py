@@ -10,6 +10,7 @@ from configs import cross_model, cross_model_270m
 from gemma_jax.report import cross_model as report
 from studies import cross_model as study
 from studies import cross_splice, jobs
+from trainers import loop
 
 MAPS = {
   *("mean", "position", "token", "procrustes", "scaled_procrustes", "ridge"),
@@ -129,7 +130,11 @@ def test_it_leaves_a_page_and_goes_on_from_what_is_there(
 def test_layers_of_one_model_are_a_pair_too(tmp_path, monkeypatch):
   monkeypatch.setenv("GEMMA_JAX_CACHE", str(tmp_path / "cache"))
   config = jobs.plain(cross_model_270m.get_config("smoke"))
+  config["hypernetwork"]["weights"]["kl"] = 0.1
+  config["hypernetwork"]["kl_windows"] = 8
   results = study.run(config, tmp_path / "run")
+  written = loop.read_metrics(tmp_path / "run/hypernetwork/metrics.jsonl")
+  assert 0 < written[-1]["kl"] < written[0]["kl"]
   assert [one["kind"] for one in results["pairs"]] == ["across", "within"]
   for route in ("gemma:1 > gemma:2", "gemma:2 > gemma:1"):
     rows = by_map(results, route)
@@ -149,6 +154,11 @@ def test_layers_of_one_model_are_a_pair_too(tmp_path, monkeypatch):
     ({"unseen": [["gemma:blocks.0.resid_post"] * 2]}, "unseen"),
     ({"maps.rank": 0}, "maps.rank=0"),
     ({"text.corpus": {"kind": "builtin"}}, "no excerpts"),
+    ({"hypernetwork.rnk": 3}, "did you mean hypernetwork.rank"),
+    ({"hypernetwork.learning_rate": 0.0}, "a learning_rate above 0"),
+    ({"hypernetwork.batch_size": 9}, "batch_size that the mesh's axis 'data'"),
+    ({"translator.dropout": 1.0}, "a dropout of 0 to below 1"),
+    ({"causal.dose": [1.0]}, "did you mean causal.doses"),
     ({"text.contxt": 3}, "did you mean text.context"),
     ({"given": {"gemma:blocks.0.resid_post": "x"}}, "expected sites of pairs"),
   ],

@@ -47,6 +47,7 @@ CONFIG = {
   "log_every": 60,
   "checkpoint_every": 60,
   "keep": 1,
+  "kl_windows": 1,
 }
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +20,10 @@ from gemma_jax.metrics.ablation import (
   of_before,
   of_others,
 )
+from gemma_jax.metrics.head_losses import head_losses
 from gemma_jax.metrics.intervals import document_interval
 from gemma_jax.models import Model, edits, sharding, sites
-from gemma_jax.models.forward import final_norm, forward, head, logits
-
-LOGIT_ROWS = 256  # positions whose logits exist at once
-LOGIT_TOKENS = 8192  # of the vocabulary, on CPUs: elsewhere all
+from gemma_jax.models.forward import forward
 
 DEFINITIONS = {
   "ce": "Mean next-token loss, nats per counted token.",
@@ -297,7 +294,7 @@ def _row_values(model, tokens, replaced, counted, functions, read, write):
   """
   targets = tokens[:, 1:].reshape(-1)
   values = np.zeros((1 + len(functions), 2, len(targets)))
-  size, (index,) = min(LOGIT_ROWS, len(targets)), np.nonzero(counted)
+  (index,) = np.nonzero(counted)
   cfg, params = model.config, model.params
   with jax.set_mesh(model.mesh):
     placed = [sharding.put_batch(a, model.mesh) for a in (tokens, replaced)]
@@ -306,12 +303,7 @@ def _row_values(model, tokens, replaced, counted, functions, read, write):
     for function in functions:
       made = _made(function, x, y, placed[1])
       streams.append(_stream(cfg, params, placed[0], made, write))
-    for start in range(0, len(index), size):
-      at = index[start : start + size]
-      # Programs are for `size` rows: the last are some of them again.
-      rows = np.resize(at, size)
-      found = _losses(cfg, params, streams, rows, targets[rows])
-      values[..., at] = found[..., : len(at)]
+    values[..., index] = head_losses(cfg, params, streams, index, targets)
   return values
 
 
@@ -364,106 +356,6 @@ def _stream(cfg, params, tokens, made, write):
     stop_at=cfg.num_layers,
   )
   return _predicting(cfg, found[_last(cfg)])
-
-
-class _Sums(NamedTuple):
-  """Over the tokens of the vocabulary that have passed by, [rows] each.
-
-  Attributes:
-    peak: the largest logit z.
-    total: sum of exp(z - peak).
-    apart: sum of exp(c - peak of c) (c - z), c the clean model's logits.
-  """
-
-  peak: jax.Array
-  total: jax.Array
-  apart: jax.Array
-
-
-def _losses(cfg, params, streams, rows, targets) -> np.ndarray:
-  """[1 + R, 2, rows]: the loss, and KL from the first stream, at some rows.
-
-  The head passes by in blocks of the vocabulary, of which the logits of two
-  models exist at once. Blocks are separate programs: inside a loop of one
-  program the CPU runs everything but the products on a single core.
-  """
-  table = head(cfg, params)
-  streams = [_read(cfg, params, stream, rows) for stream in streams]
-  none = np.zeros(len(rows), np.float32)
-  sums = [_Sums(none - np.inf, none, none)] * len(streams)
-  size = len(table) if jax.default_backend() != "cpu" else LOGIT_TOKENS
-  for start in range(0, len(table), size):
-    block = _block(table, start, min(size, len(table) - start))
-    clean, sums[0] = _pass_clean(cfg, streams[0], block, sums[0])
-    for i, stream in enumerate(streams[1:], 1):
-      sums[i] = _pass(cfg, stream, block, clean, sums[i])
-  own = _block_of(table, targets)
-  return np.stack(
-    [
-      _finish(cfg, stream, own, sums[0], one)
-      for stream, one in zip(streams, sums, strict=True)
-    ]
-  )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _read(cfg, params, stream, rows):
-  """What the head reads at some rows of a stream."""
-  return final_norm(cfg, params, stream[rows])
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _block(table, start, size):
-  return jax.lax.dynamic_slice_in_dim(table, start, size)
-
-
-@jax.jit
-def _block_of(table, tokens):
-  return table[tokens]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _pass_clean(cfg, x, block, sums: _Sums):
-  """The clean model's logits, exp(c - peak), what becomes of sums; and sums."""
-  z = logits(cfg, x, block)
-  peak, total = _add(sums, z)
-  p = jnp.exp(z - peak[:, None])
-  return (z, p, jnp.exp(sums.peak - peak)), _Sums(peak, total, sums.apart)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _pass(cfg, x, block, clean, sums: _Sums) -> _Sums:
-  """Sums of another model, by what `_pass_clean` gave for the block."""
-  c, p, factor = clean
-  z = logits(cfg, x, block)
-  apart = sums.apart * factor + jnp.sum(p * (c - z), axis=1)
-  return _Sums(*_add(sums, z), apart)
-
-
-def _add(sums: _Sums, z):
-  """The peak and total with the logits [rows, S] of more tokens."""
-  peak = jnp.maximum(sums.peak, jnp.max(z, axis=1))
-  more = jnp.sum(jnp.exp(z - peak[:, None]), axis=1)
-  return peak, sums.total * jnp.exp(sums.peak - peak) + more
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _finish(cfg, x, own, clean: _Sums, sums: _Sums):
-  """[2, rows]: the loss at the tokens whose rows of the head are `own`, KL."""
-  z = jax.vmap(lambda x, row: logits(cfg, x, row[None])[0])(x, own)
-  return _row_losses(z, clean, sums)
-
-
-def _row_losses(own, clean: _Sums, sums: _Sums):
-  """[2, rows] of the logit of the token that comes, and sums of them all.
-
-  Peaks are subtracted before anything is added: they may be large.
-  """
-  log = jnp.log(sums.total)
-  more = (sums.peak - clean.peak) + (log - jnp.log(clean.total))
-  both = jnp.stack([(sums.peak - own) + log, sums.apart / clean.total + more])
-  # Whole on every process, which reads them all.
-  return sharding.replicate(both)
 
 
 def ce_recovered(clean: float, spliced: float, ablated: float) -> float:

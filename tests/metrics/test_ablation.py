@@ -13,7 +13,7 @@ from gemma_jax.metrics import (
   ablations,
   ce_recovered,
   document_interval,
-  faithfulness,
+  head_losses,
   splice_losses,
   spliced_cross_entropy,
 )
@@ -328,13 +328,13 @@ def test_kl_is_finite_where_probabilities_underflow():
     assert np.isinf(np.log(special.softmax(logits, axis=-1))).any()
   cfg = models.describe("random:llama-tiny")
   none = np.zeros(2, np.float32)
-  clean = changed = faithfulness._Sums(none - np.inf, none, none)
+  clean = changed = head_losses._Sums(none - np.inf, none, none)
   # A head that passes on what it reads, in blocks of three tokens and one.
   for block in np.split(np.eye(4, dtype=np.float32), [3]):
-    of_clean, clean = faithfulness._pass_clean(cfg, logits, block, clean)
-    changed = faithfulness._pass(cfg, other, block, of_clean, changed)
+    of_clean, clean = head_losses._pass_clean(cfg, logits, block, clean)
+    changed = head_losses._pass(cfg, other, block, of_clean, changed)
   own = other[[0, 1], [1, 0]]
-  ce, kl = np.asarray(faithfulness._row_losses(own, clean, changed), np.float64)
+  ce, kl = np.asarray(head_losses._row_losses(own, clean, changed), np.float64)
   assert kl == pytest.approx([700, 0], rel=1e-6, abs=1e-6)
   assert ce == pytest.approx([700, 3.4401897], rel=1e-6)
 

@@ -6,7 +6,11 @@ import pytest
 from scipy import special
 
 from gemma_jax import models
-from gemma_jax.metrics import ce_recovered, spliced_cross_entropy
+from gemma_jax.metrics import (
+  ce_recovered,
+  head_losses,
+  spliced_cross_entropy,
+)
 
 READ, WRITE = "blocks.2.mlp_in", "blocks.2.mlp_out"
 W, T = 5, 14
@@ -149,9 +153,8 @@ def test_blocks_of_logits_are_only_a_matter_of_memory(
   gemma2, text, monkeypatch
 ):
   expected = splice(gemma2, text, {"zero": zero})
-  module = spliced_cross_entropy.__globals__
-  monkeypatch.setitem(module, "LOGIT_ROWS", 9)
-  monkeypatch.setitem(module, "LOGIT_TOKENS", 17)
+  monkeypatch.setattr(head_losses, "ROWS", 9)
+  monkeypatch.setattr(head_losses, "TOKENS", 17)
   got = splice(gemma2, text, {"zero": zero})
   for name, numbers in expected.items():
     assert got[name]["ce"] == pytest.approx(numbers["ce"], rel=1e-5)

@@ -333,30 +333,8 @@ def pooled_base(
   """
   pooled = Moments(full=False)
   for moments, source, target in fitted:
-    pooled.merge(_normalised(moments, source, target))
+    pooled.merge(moments.standardised(source, target))
   return fit_ridge(pooled).weights
-
-
-def _normalised(
-  moments: Moments, source: SiteScale, target: SiteScale
-) -> Moments:
-  """Moments of the same rows in the coordinates of both sites."""
-  means = (moments.mean_x, source), (moments.mean_y, target)
-  a, b = (np.asarray(site.scale, np.float64) for site in (source, target))
-  sums = (
-    moments.xx / np.outer(a, a),
-    moments.xy / np.outer(a, b),
-    moments.squares_y / b**2,
-  )
-  out = Moments(full=False)
-  out.count = moments.count
-  # About the means of the rows, so that the first sums are zero.
-  out._shift = tuple(
-    (mean - np.asarray(site.mean, np.float64)) / np.asarray(site.scale)
-    for mean, site in means
-  )
-  out._sums = [*(np.zeros_like(shift) for shift in out._shift), *sums]
-  return out
 
 
 def _checked(config: Config, route: Route) -> tuple[str, str, int, int]:

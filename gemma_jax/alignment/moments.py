@@ -117,6 +117,30 @@ class Moments:
       out._shift, out._sums = self._shift[::-1], [y, x, yy, xy.T, xx]
     return out
 
+  def standardised(self, x, y) -> "Moments":
+    """Of the same rows in other coordinates, (row - mean) / scale; a copy.
+
+    Of Y^T Y it keeps the diagonal.
+
+    Args:
+      x: (mean, scale), [D] both.
+      y: (mean, scale), [E] both.
+    """
+    (shift_x, a), (shift_y, b) = (
+      [np.asarray(part, np.float64) for part in site] for site in (x, y)
+    )
+    out = Moments(full=False)
+    out.count = self.count
+    # About the means of the rows, so that the first sums are zero.
+    out._shift = (self.mean_x - shift_x) / a, (self.mean_y - shift_y) / b
+    out._sums = [
+      *map(np.zeros_like, out._shift),
+      self.xx / np.outer(a, a),
+      self.xy / np.outer(a, b),
+      self.squares_y / b**2,
+    ]
+    return out
+
   @property
   def widths(self) -> tuple[int, int]:
     """D and E."""

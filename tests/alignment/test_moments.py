@@ -52,6 +52,25 @@ def test_an_update_is_cut_into_blocks(monkeypatch):
   assert_numpys(Moments().update(x, y), x, y, 2e-6)
 
 
+def test_other_coordinates_need_no_row_again():
+  x, y = paired(mean=3.0)
+  rng = np.random.default_rng(1)
+  sites = [(rng.normal(size=n), rng.uniform(0.5, 2, n)) for n in (5, 3)]
+  a, b = (
+    (np.float64(rows) - mean) / scale
+    for rows, (mean, scale) in zip((x, y), sites, strict=True)
+  )
+  m, wanted = Moments().update(x, y).standardised(*sites), Moments()
+  wanted.update(a, b)
+  assert m.count == 700
+  for name in ("mean_x", "mean_y", "xx", "xy", "squares_y"):
+    got, want = getattr(m, name), getattr(wanted, name)
+    size = 1e-5 * np.abs(want).max()
+    np.testing.assert_allclose(got, want, rtol=0, atol=size, err_msg=name)
+  with pytest.raises(ValueError, match="only the diagonal"):
+    m.yy  # noqa: B018
+
+
 def test_rows_of_float64_keep_their_digits():
   x, y = (np.float64(a) + np.pi for a in paired(mean=1e4))
   m = Moments().update(x[:300], y[:300]).update(x[300:], y[300:])

@@ -5,6 +5,7 @@ from typing import Any
 
 NETWORKS = ("hypernetwork", "translator")
 RIVALS = ("ridge", "token")
+LEVEL = 0.05  # of a permutation test
 
 
 def verdicts(results: Mapping[str, Any]) -> list[str]:
@@ -118,17 +119,55 @@ def _matches(rows) -> list[str]:
 
 
 def _causal(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  out = []
+  out, said = [], set()
   for r in rows:
-    prints = r["fingerprints"]
-    word = (
-      "share"
-      if prints["low"] is not None and prints["low"] > prints["null"]
-      else "do not share"
-    )
-    out.append(
-      f"{r['route']}: matched latents {word} their effects on documents "
-      f"(correlation of ablation fingerprints {prints['matched']:.2f}, of "
-      f"mismatched latents {prints['null']:.2f}, p = {prints['p']:.3g})."
-    )
+    prints, pair = r["fingerprints"], frozenset(r["route"].split(" > "))
+    if pair not in said:  # the same latents both ways
+      said.add(pair)
+      word = "share" if prints["p"] <= LEVEL else "are not shown to share"
+      out.append(
+        f"{r['route'].replace(' > ', ' | ')}: matched latents {word} their "
+        "effects on documents (correlation of ablation fingerprints "
+        f"{_interval(prints, 'matched')}, of mismatched latents "
+        f"{prints['null']:.2f}; matches dealt anew p = {prints['p']:.3g})."
+      )
+    out += _injection(r["route"], r["inject"])
+    out += _substitution(r["route"], r["substitution"])
   return out
+
+
+def _injection(route: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """At the highest dose."""
+  if not rows:
+    return []
+  dose = max(r["dose"] for r in rows)
+  own = {r["vector"]: r for r in rows if r["dose"] == dose}
+  moved, other = own["transferred"], own["other"]["effect"]
+  more = moved["low"] is not None and moved["low"] > other
+  return [
+    f"{route}: added at dose {dose:g}, a match's direction raises the native "
+    f"latent's words by {_interval(moved, 'effect')} nats, "
+    f"{'more' if more else 'not shown to be more'} than that of another match "
+    f"({other:.2f}); the native by {own['native']['effect']:.2f}, one at "
+    f"random by {own['random']['effect']:.2f}."
+  ]
+
+
+def _substitution(route: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Of as many latents as were tried."""
+  if not rows:
+    return []
+  count = max(r["count"] for r in rows)
+  own = {r["codes"]: r for r in rows if r["count"] == count}
+  return [
+    f"{route}: codes of {count} latents from their matches keep "
+    f"{_interval(own['matched'], 'recovered')} of the KL that their means "
+    f"lose, those of matches dealt anew {own['dealt']['recovered']:.2f}."
+  ]
+
+
+def _interval(row: Mapping[str, Any], name: str) -> str:
+  """A value and its 95 % interval, where it has one."""
+  if row["low"] is None:
+    return f"{row[name]:.2f}"
+  return f"{row[name]:.2f} [{row['low']:.2f}, {row['high']:.2f}]"

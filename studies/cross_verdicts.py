@@ -19,6 +19,7 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
   for network in dict.fromkeys((*NETWORKS, *_named(rows, "network"))):
     for rival in RIVALS:
       out += _against(rows, network, rival)
+    out += _firing(rows, network)
   out += _unseen(results["unseen"])
   out += _splices(results["differences"])
   out += _matches(results["matches"])
@@ -54,6 +55,33 @@ def _against(rows, network: str, rival: str) -> list[str]:
   return [text + "."]
 
 
+def _firing(rows, network: str) -> list[str]:
+  """Whether a network says better than ridge which latents fire."""
+  found = []
+  for name, text in (
+    ("auroc_median", "median AUROC of firing"),
+    ("top_k_recall", "top-k recall"),
+  ):
+    known = {
+      (r["map"], r["route"]): r[name] for r in rows if r[name] is not None
+    }
+    pairs = [
+      (value, known["ridge", route])
+      for (one, route), value in known.items()
+      if one == network and ("ridge", route) in known
+    ]
+    if pairs:
+      more = sum(own > other for own, other in pairs)
+      found.append(f"{text} on {more} of {len(pairs)} routes")
+  if not found:
+    return []
+  return [
+    f"The {network} has more than the ridge map, as values without intervals: "
+    + ", ".join(found)
+    + "."
+  ]
+
+
 def _unseen(rows) -> list[str]:
   out = []
   for route in dict.fromkeys(r["route"] for r in rows):
@@ -85,6 +113,7 @@ def _splices(rows) -> list[str]:
       "The target's own dictionary recovers more CE than transferred features",
     ),
     ("hypernetwork", "ridge", "The hypernetwork recovers more CE than ridge"),
+    ("translator", "ridge", "The translator recovers more CE than ridge"),
     (
       "ridge",
       "token",
@@ -100,7 +129,10 @@ def _splices(rows) -> list[str]:
     if against:
       line += f", less on {len(against)}"
     ends = [r["difference"] for r in some]
-    out.append(f"{line} (differences {min(ends):+.3f} to {max(ends):+.3f}).")
+    line += f" (differences {min(ends):+.3f} to {max(ends):+.3f})"
+    if 0 < len(clear) < len(some):
+      line += ". More on " + ", ".join(r["route"] for r in clear)
+    out.append(line + ".")
   return out
 
 

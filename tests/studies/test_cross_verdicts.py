@@ -38,6 +38,19 @@ def said(*rows):
   return cross_verdicts.verdicts(nothing | {"causal": rows})
 
 
+def test_firing_is_compared_where_both_are_known():
+  rows = [
+    {"map": name, "route": route, "auroc_median": auroc, "top_k_recall": None}
+    for route, ridge, network in (("a", 0.6, 0.9), ("b", 0.7, 0.7))
+    for name, auroc in (("ridge", ridge), ("translator", network))
+  ]
+  assert cross_verdicts._firing(rows, "translator") == [
+    "The translator has more than the ridge map, as values without intervals: "
+    "median AUROC of firing on 1 of 2 routes."
+  ]
+  assert cross_verdicts._firing(rows, "hypernetwork") == []
+
+
 def test_both_ways_share_one_sentence_about_fingerprints():
   lines = said(effects("a:1 > b:2"), effects("b:2 > a:1"))
   assert [line for line in lines if "fingerprints" in line] == [

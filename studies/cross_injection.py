@@ -11,12 +11,12 @@ import numpy as np
 from gemma_jax import progress
 from gemma_jax.alignment import Map
 from gemma_jax.concepts import projection
-from gemma_jax.metrics.faithfulness import LOGIT_ROWS
 from gemma_jax.models import sharding, sites
 from gemma_jax.models.forward import run_blocks, unembed
 from studies import cross_places
 from studies.cross_places import Side
 
+LOGIT_ROWS = 256  # positions whose logits exist at once
 VECTORS = ("native", "transferred", "random", "other")
 
 DEFINITIONS = {

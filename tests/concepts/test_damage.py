@@ -12,11 +12,18 @@ from gemma_jax.models import edits
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-FAMILIES = ("gemma2", "gemma3", "gpt2", "neox", "llama")
+FAMILIES = ("gemma3", "gpt2", "neox")
+SLOW = ("gemma2", "llama")
 LAYER, NEURON = 2, 7
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+  scope="module",
+  params=[
+    *FAMILIES,
+    *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW),
+  ],
+)
 def model(request, one_device):
   return models.load_model(f"random:{request.param}-tiny", mesh=one_device)
 

@@ -194,7 +194,10 @@ def test_a_run_that_fails_is_told_at_the_end_and_the_rest_goes_on(
   assert rows["x=3"]["error"] is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number",
+  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_a_stopped_batch_saves_its_runs_and_goes_on(number, toy, tmp_path):
   where = tmp_path / "grid"
   command = [

@@ -147,7 +147,9 @@ def test_two_processes_of_four_devices_give_what_one_device_gives(
   np.testing.assert_array_equal(found["odd"], longer[:3])
 
 
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize(
+  "process", [0, pytest.param(1, marks=pytest.mark.slow)]
+)
 def test_a_process_that_waits_in_vain_says_so(process, port):
   done = subprocess.run(
     command(

@@ -109,8 +109,13 @@ def test_chunks_of_which_several_share_their_keys_equal_all_scores():
 
 @pytest.mark.parametrize(
   ("cfg", "window", "padding"),
-  [(GEMMA2, 100, 0), (GEMMA2, 300, 300), (GEMMA3, 100, 300), (GEMMA3, 300, 0)],
-  ids=["gemma2-100-0", "gemma2-300-300", "gemma3-100-300", "gemma3-300-0"],
+  [
+    (GEMMA2, 300, 300),
+    (GEMMA3, 100, 300),
+    pytest.param(GEMMA2, 100, 0, marks=pytest.mark.slow),
+    pytest.param(GEMMA3, 300, 0, marks=pytest.mark.slow),
+  ],
+  ids=["gemma2-300-300", "gemma3-100-300", "gemma2-100-0", "gemma3-300-0"],
 )
 def test_a_model_with_chunks_equals_the_one_with_all_scores(
   cfg, window, padding

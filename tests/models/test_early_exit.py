@@ -48,7 +48,14 @@ def deep(preset, layers):
   )
 
 
-@pytest.mark.parametrize("preset", ["gemma3-tiny", "gpt2-tiny", "neox-tiny"])
+@pytest.mark.parametrize(
+  "preset",
+  [
+    "gemma3-tiny",
+    pytest.param("gpt2-tiny", marks=pytest.mark.slow),
+    pytest.param("neox-tiny", marks=pytest.mark.slow),
+  ],
+)
 def test_stopping_costs_its_share_of_the_blocks(preset):
   """Unrolled, because XLA counts the body of a scan once."""
   cfg = deep(preset, LAYERS)

@@ -76,7 +76,9 @@ def test_more_tokens_than_the_context_holds_is_an_error(model, tokens):
     model.generate(tokens, max_new_tokens=237)
 
 
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize(
+  "cache", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_the_models_attention_runs_in_generation(
   model, tokens, cache, monkeypatch
 ):

@@ -443,6 +443,7 @@ def test_what_is_done_is_read_and_not_made_again(tmp_path, monkeypatch):
   assert (again.inertia, again.n_iter) == (first.inertia, first.n_iter)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_exits_zero_and_says_how_to_resume(done, tmp_path):
   del done
   workdir = tmp_path / "run"

@@ -109,7 +109,9 @@ def test_a_workdir_of_another_config_is_refused_with_what_differs(finished):
     dictionary.run(smoke(**{"train.steps": 61}), workdir)
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize(
+  "kind", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)]
+)
 def test_an_sae_is_a_transcoder_from_a_site_to_itself(kind, tmp_path):
   config = quick(
     **{
@@ -129,6 +131,7 @@ def test_an_sae_is_a_transcoder_from_a_site_to_itself(kind, tmp_path):
     assert results["l0"] <= 12
 
 
+@pytest.mark.slow
 def test_several_steps_in_one_dispatch_are_the_same_steps(tmp_path):
   found = {}
   for stride in (1, 5):
@@ -141,6 +144,7 @@ def test_several_steps_in_one_dispatch_are_the_same_steps(tmp_path):
   assert len(found[5]) == 2
 
 
+@pytest.mark.slow
 def test_a_crosscoder_reads_and_writes_several_layers(tmp_path):
   layers = ["blocks.1.resid_post", "blocks.2.resid_post"]
   config = quick(

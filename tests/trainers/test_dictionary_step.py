@@ -121,9 +121,16 @@ def alone(activation):
 @pytest.mark.parametrize(
   ("activation", "shape"),
   [
-    *((a, s) for a in CASES for s in [(1, 2, 4)]),
-    *((a, s) for a in ("topk", "batchtopk") for s in [(1, 8, 1), (1, 1, 8)]),
-    ("jumprelu", (1, 1, 8)),
+    *((a, (1, 2, 4)) for a in CASES),
+    *(("batchtopk", s) for s in [(1, 8, 1), (1, 1, 8)]),
+    *(
+      pytest.param(a, s, marks=pytest.mark.slow)
+      for a, s in [
+        ("topk", (1, 8, 1)),
+        ("topk", (1, 1, 8)),
+        ("jumprelu", (1, 1, 8)),
+      ]
+    ),
   ],
 )
 def test_a_mesh_gives_the_losses_of_one_device(activation, shape):
@@ -182,7 +189,10 @@ def swept_alone(i):
   return train([(own,)], recipe(), steps=12)[0]
 
 
-@pytest.mark.parametrize(("shape", "at_once"), [((1, 1, 1), 4), ((2, 2, 2), 1)])
+@pytest.mark.parametrize(
+  ("shape", "at_once"),
+  [((1, 1, 1), 4), pytest.param((2, 2, 2), 1, marks=pytest.mark.slow)],
+)
 def test_a_member_trains_in_company_as_alone(shape, at_once):
   found, _ = train(sweep(), recipe(), shape, steps=12, at_once=at_once)
   for i in (0, 2, 5):

@@ -191,6 +191,7 @@ def test_a_training_that_broke_off_reads_the_same_texts(
   jax.tree.map(np.testing.assert_array_equal, again, alone[1])
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_parameters_of_one_device(
   loaded, found, one_device, tmp_path
 ):

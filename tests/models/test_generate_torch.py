@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gemma_jax import models
-from tests.models.torch_models import TINY, tiny
+from tests.models.torch_models import tiny
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compiles")]
 

@@ -131,7 +131,6 @@ def test_an_sae_is_a_transcoder_from_a_site_to_itself(kind, tmp_path):
     assert results["l0"] <= 12
 
 
-@pytest.mark.slow
 def test_several_steps_in_one_dispatch_are_the_same_steps(tmp_path):
   found = {}
   for stride in (1, 5):

@@ -75,6 +75,7 @@ def test_greedy_continuations_of_a_padded_batch_agree_for_64_tokens(
   np.testing.assert_array_equal(whole, got[:, :56])
 
 
+@pytest.mark.slow
 def test_the_true_mlp_in_the_transcoders_place_changes_nothing(ours, tokens):
   layer = 9
   weights = jax.tree.map(lambda x: x[layer], ours.params["blocks"])

@@ -59,7 +59,13 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-  "layers", [(3,), ("*",), tuple(range(LAYERS)), (0, 2, 4, 5, 7)]
+  "layers",
+  [
+    (3,),
+    ("*",),
+    pytest.param(tuple(range(LAYERS)), marks=pytest.mark.slow),
+    pytest.param((0, 2, 4, 5, 7), marks=pytest.mark.slow),
+  ],
 )
 def test_a_reduced_capture_is_the_reduction_of_the_capture(
   model, tokens, mask, full, case, layers

@@ -74,7 +74,10 @@ def trained(activation):
   }
 
 
-@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize(
+  "activation",
+  [pytest.param("topk", marks=pytest.mark.slow), "batchtopk", "jumprelu"],
+)
 def test_planted_directions_are_recovered_both_ways(activation):
   truth, _ = planted()
   found, metrics = trained(activation)

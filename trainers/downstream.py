@@ -125,10 +125,16 @@ class Texts:
     """Batches of a `loop.Task`, and the windows of each step with them."""
 
     def both(start, sharding):
+      def put(array):
+        # Not device_put, which wants all devices to be of this process.
+        return jax.make_array_from_callback(
+          array.shape, sharding, lambda index: array[index]
+        )
+
       with contextlib.closing(batches(start, sharding)) as rows:
         for number, batch in enumerate(rows, start):
           yield batch | {
-            f"text {i}": jax.device_put(self._text(number, i), sharding)
+            f"text {i}": jax.tree.map(put, self._text(number, i))
             for i in range(len(self._routes))
           }
 

@@ -180,6 +180,10 @@ def _task(
     params = hypernetwork.init(jax.random.key(seed), about, bases)
     return params, adam.init(params), frozen
 
+  def weighed(found):
+    own = {n: w for n, w in weights.items() if n in found}
+    return objective.total(found, own) if own else 0.0
+
   def loss(params, frozen, route, x, y, codes, key, apart):
     """Of one route, and its terms."""
     source, target = (frozen["scales"][site] for site in route[:2])
@@ -189,8 +193,7 @@ def _task(
     predicted = write(x)
     variance = jnp.mean(jnp.square(target.scale))
     found = objective.activation_losses(predicted, y, target.mean, variance)
-    own = {n: w for n, w in weights.items() if n in found}
-    total = objective.total(found, own) if own else 0.0
+    total = weighed(found)
     terms = {"fvu": found["reconstruction"], "cosine": found["cosine"]}
     if apart is not None:
       terms["kl"] = apart(write)
@@ -201,8 +204,7 @@ def _task(
       found = objective.code_losses(
         *encoder(predicted), codes, encoder.about, sampled
       )
-      own = {n: w for n, w in weights.items() if n in found}
-      total += objective.total(found, own) if own else 0.0
+      total += weighed(found)
       terms |= {f"code_{name}": value for name, value in found.items()}
     return total / len(routes), terms
 

@@ -74,7 +74,7 @@ def measure(
 
   Args:
     config: of the study.
-    rows: `cross_model.Rows`.
+    rows: `cross_fit.Rows`.
     pair: one of the study's.
     chosen: its matches, best first.
     maps: from one site to the other, by direction.

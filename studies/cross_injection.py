@@ -12,7 +12,8 @@ from gemma_jax import progress
 from gemma_jax.alignment import Map
 from gemma_jax.concepts import projection
 from gemma_jax.models import sharding, sites
-from gemma_jax.models.forward import run_blocks, unembed
+from gemma_jax.models.forward import run_blocks
+from gemma_jax.models.head import unembed
 from studies import cross_places
 from studies.cross_places import Side
 

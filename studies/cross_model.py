@@ -15,22 +15,19 @@ import json
 import logging
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from gemma_jax import alignment, models
-from gemma_jax.activations import ActivationStore, owner
-from gemma_jax.alignment.maps import Map
-from gemma_jax.alignment.objective import CodeStatistics
-from gemma_jax.alignment.paired import Paired
-from gemma_jax.dictionaries import Dictionary
+from gemma_jax.activations import owner
 from gemma_jax.report import cross_model as report
 from studies import (
   cross_effects,
   cross_features,
+  cross_fit,
   cross_maps,
   cross_networks,
   cross_scores,
@@ -39,7 +36,7 @@ from studies import (
   cross_verdicts,
   jobs,
 )
-from studies.cross_maps import Contender
+from studies.cross_fit import Fitted, Rows
 from studies.cross_networks import both_ways
 from studies.cross_sides import Pair
 from trainers import dictionary, fields, hypernetwork, translator
@@ -91,9 +88,6 @@ AT_LEAST_1 = (
   "splice.positions",
   "splice.batch_size",
 )
-
-
-UNSEEN = "hypernetwork_unseen"
 # Of results.json, by pair and direction.
 LISTS = (
   "rows",
@@ -197,7 +191,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   parts: dict[str, list] = {name: [] for name in LISTS}
   with jax.default_matmul_precision("highest"):
     load = functools.cache(lambda name: subjects[name].load(config))
-    fitted = _fit(rows, load, workdir)
+    fitted = cross_fit.fit(rows, load, workdir)
     for pair in pairs:
       said = kept(
         workdir / "pairs" / f"{re.sub('[^a-z0-9]+', '_', pair.name)}.json",
@@ -245,84 +239,6 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> dict:
   return results
 
 
-class Rows(NamedTuple):
-  """What the study has of its models, before maps.
-
-  Attributes:
-    config: of the study.
-    subjects: the models, by name.
-    harvested: their stores, by name and side.
-    found: paired stores, by names of both models and side.
-    trained: dictionaries, by site.
-    pairs: that are validated.
-    more: that only networks learn from.
-    unseen: some of pairs.
-  """
-
-  config: Mapping[str, Any]
-  subjects: Mapping[str, cross_sides.Subject]
-  harvested: Mapping[str, Mapping[str, ActivationStore]]
-  found: Mapping[tuple[str, str], Mapping[str, Paired]]
-  trained: Mapping[str, Sequence[Dictionary]]
-  pairs: Sequence[Pair]
-  more: Sequence[Pair]
-  unseen: Sequence[Pair]
-
-
-class Fitted(NamedTuple):
-  """What was fitted over all pairs at once.
-
-  Attributes:
-    moments: of activations, by direction.
-    written: maps of each hypernetwork, by its name and direction.
-    translators: by direction.
-    statistics: of codes, by site.
-  """
-
-  moments: Mapping[Pair, alignment.Moments]
-  written: Mapping[str, Mapping[Pair, Map]]
-  translators: Mapping[Pair, Contender]
-  statistics: Mapping[str, CodeStatistics]
-
-
-def _fit(rows: Rows, load, workdir: pathlib.Path) -> Fitted:
-  every = [*rows.pairs, *rows.more]
-  moments = {}
-  for pair in every:
-    moments[pair] = cross_maps.moments(rows.found[pair.models]["train"], pair)
-    moments[pair.turned] = moments[pair].turned()
-  statistics = cross_networks.code_statistics(rows.found, rows.trained)
-  encoders = {
-    site: translator.encoder(some[0], statistics[site])
-    for site, some in rows.trained.items()
-  }
-  written = {}
-  for name, left_out in (("hypernetwork", []), (UNSEEN, rows.unseen)):
-    if name == UNSEEN and not left_out:
-      continue
-    written[name] = cross_networks.train_hypernetwork(
-      rows.config,
-      rows.subjects,
-      rows.found,
-      [pair for pair in every if pair not in left_out],
-      moments,
-      encoders,
-      load,
-      workdir / name,
-    )
-  translators = {}
-  if rows.config["translator"]:
-    translators = cross_networks.train_translators(
-      rows.config,
-      rows.found,
-      rows.pairs,
-      rows.trained,
-      statistics,
-      workdir / "translator",
-    )
-  return Fitted(moments, written, translators, statistics)
-
-
 def _pair(rows: Rows, fitted: Fitted, pair: Pair, load) -> dict[str, list]:
   """All that is said of a pair, both ways, by the names of `LISTS`.
 
@@ -348,7 +264,7 @@ def _pair(rows: Rows, fitted: Fitted, pair: Pair, load) -> dict[str, list]:
       side: (numbers, np.asarray(store.take(at, own), np.float32))
       for side, (store, numbers, at) in redrawn[name].items()
     }
-    contenders = _contenders(
+    contenders = cross_fit.contenders(
       rows, fitted, both["train"], way, m, drawn["train"]
     )
     out["rows"] += cross_scores.measure(
@@ -383,7 +299,7 @@ def _pair(rows: Rows, fitted: Fitted, pair: Pair, load) -> dict[str, list]:
           if one not in both_ways(rows.unseen)
         ],
         fitted.moments,
-        fitted.written[UNSEEN][way],
+        fitted.written[cross_fit.UNSEEN][way],
         rows.subjects,
       )
   row, chosen, q = cross_features.match(
@@ -406,37 +322,6 @@ def _pair(rows: Rows, fitted: Fitted, pair: Pair, load) -> dict[str, list]:
     config["features"], rows.subjects, rows.harvested, pair, trained, chosen, q
   )
   return out
-
-
-def _contenders(
-  rows: Rows, fitted: Fitted, train: Paired, way: Pair, codes, drawn
-):
-  """Every map of a route, from floors to ceilings."""
-  config = rows.config
-  source, target = (rows.trained[site] for site in way)
-  linear = cross_maps.linear(fitted.moments[way], config["maps"])
-  numbers, x = drawn
-  y = np.asarray(train.store.take(numbers, way.b), np.float32)
-  translators = [fitted.translators[way]] if fitted.translators else []
-  return [
-    *cross_maps.floors(train, way, target[0]),
-    *(cross_maps.of_map(name, "linear", one) for name, one in linear.items()),
-    *cross_maps.of_codes(codes, linear["ridge"], source[0]),
-    *(
-      cross_maps.of_map(
-        name,
-        "network",
-        maps[way],
-        unseen=name == UNSEEN,
-      )
-      for name, maps in fitted.written.items()
-      if name != UNSEEN or way in both_ways(rows.unseen)
-    ),
-    *translators,
-    *cross_maps.shuffled_pairs(train, way, seed=config["seed"]),
-    cross_maps.redrawn(x, y),
-    *cross_maps.ceilings(target),
-  ]
 
 
 def _listed(causal: Mapping[str, Any]) -> list[Pair]:

@@ -12,11 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gemma_jax.activations import ActivationStore, owner
 from gemma_jax.alignment.paired import Paired
 from gemma_jax.models import Model, ModelConfig
-from gemma_jax.models.forward import forward, unembed
+from gemma_jax.models.forward import forward
+from gemma_jax.models.head import unembed
 
 POSITIONS = 64  # of every window, whose logits exist at once
 
@@ -57,14 +59,16 @@ class Texts:
     stores: of each route.
     given: the texts and their pairs.
     count: B, windows of a step; different ones.
+    mesh: of the training.
     seed: of the drawing.
 
   Attributes:
     constant: what every batch has besides: the models' parameters.
 
   Raises:
-    ValueError: pairs of other stores, a target without its model, or fewer
-      windows than a step takes.
+    ValueError: models on other devices or without their last layers, pairs of
+      other stores, a target without its model, or fewer windows than a step
+      takes.
   """
 
   def __init__(
@@ -73,8 +77,20 @@ class Texts:
     stores: Sequence[ActivationStore],
     given: Downstream,
     count: int,
+    mesh: Mesh,
     seed: int,
   ):
+    for name, model in given.models.items():
+      if set(model.mesh.devices.flat) != set(mesh.devices.flat):
+        raise ValueError(
+          f"expected {name} on the {mesh.size} devices of the training, got it "
+          f"on {model.mesh.size}"
+        )
+      if model.num_loaded < model.config.num_layers:
+        raise ValueError(
+          f"expected {name} with its {model.config.num_layers} layers, got the "
+          f"first {model.num_loaded}"
+        )
     if [one.store.path for one in given.paired] != [s.path for s in stores]:
       raise ValueError(
         "expected the pairs of each route's store, in the order of the routes, "

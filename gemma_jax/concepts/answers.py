@@ -9,9 +9,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.models.attention import soft_cap
 from gemma_jax.models.config import ModelConfig
-from gemma_jax.models.forward import final_norm, head, logits
+from gemma_jax.models.head import (
+  add_exponentials,
+  final_norm,
+  head,
+  logits,
+  logits_of,
+)
 
 BLOCK = 4096  # tokens of the vocabulary
 
@@ -58,7 +63,7 @@ def before(cfg: ModelConfig, params, x: jax.Array, tokens: jax.Array) -> Before:
     tokens: of the answers, int [N].
   """
   table, x = head(cfg, params), final_norm(cfg, params, x)
-  own = _logits(cfg, x, table[tokens])
+  own = logits_of(cfg, x, table[tokens])
 
   def step(carry, block):
     total, rank, best, top = carry
@@ -68,7 +73,7 @@ def before(cfg: ModelConfig, params, x: jax.Array, tokens: jax.Array) -> Before:
     peak = jnp.max(z, axis=1)
     here = ids[jnp.argmax(z, axis=1)]
     top = jnp.where(peak > best, here, top)
-    return (_add(total, z), rank, jnp.maximum(best, peak), top)
+    return (add_exponentials(*total, z), rank, jnp.maximum(best, peak), top)
 
   zero = jnp.zeros(len(x), jnp.int32)
   least = jnp.full(len(x), -jnp.inf)
@@ -103,7 +108,7 @@ def after(
 
   def beside(ids):
     rows = jnp.broadcast_to(table[ids], (*several, table.shape[1]))
-    return _logits(cfg, x, rows.reshape(x.shape))
+    return logits_of(cfg, x, rows.reshape(x.shape))
 
   every = jnp.broadcast_to(tokens, several).reshape(-1)
   tops = jnp.broadcast_to(known.top, several).reshape(-1)
@@ -119,7 +124,7 @@ def after(
     z = jnp.where(new, z, -jnp.inf)
     rank += jnp.sum((z > own[:, None]) & (ids != every[:, None]), axis=1)
     over += jnp.sum((z > best[:, None]) & (ids != tops[:, None]), axis=1)
-    return (_add(total, z), rank, over, cross, entropy)
+    return (add_exponentials(*total, z), rank, over, cross, entropy)
 
   zero = jnp.zeros(len(x), jnp.int32)
   total, rank, over, cross, entropy = _over_blocks(
@@ -141,20 +146,6 @@ def after(
     rank.reshape(several),
     (over > 0).reshape(several),
   )
-
-
-def _logits(cfg, x, rows):
-  """Of one token for each stream, [N]."""
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  product = jnp.einsum("nd,nd->n", x, rows, preferred_element_type=wide)
-  return soft_cap(product, cfg.final_softcap)
-
-
-def _add(total, z):
-  """Running largest logit and sum of exponentials relative to it."""
-  peak = jnp.maximum(total[0], jnp.max(z, axis=1))
-  more = jnp.sum(jnp.exp(z - peak[:, None]), axis=1)
-  return peak, total[1] * jnp.exp(total[0] - peak) + more
 
 
 def _over_blocks(table, step, carry):

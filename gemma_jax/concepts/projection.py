@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_jax.models import Model, families, layers, sharding
-from gemma_jax.models.forward import head
+from gemma_jax.models.head import head
 
 BLOCK = 1024  # tokens whose logits are computed at once
 GROUP = 8  # tokens of a block of which the extremes are kept

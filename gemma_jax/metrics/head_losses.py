@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.models import ModelConfig, sharding
-from gemma_jax.models.forward import final_norm, head, logits
+from gemma_jax.models.head import (
+  add_exponentials,
+  final_norm,
+  head,
+  logits,
+  logits_of,
+)
 
 ROWS = 256  # positions whose logits exist at once
 TOKENS = 8192  # of the vocabulary, on CPUs: elsewhere all
@@ -106,7 +112,7 @@ def _block_of(table, tokens):
 def _pass_clean(cfg, x, block, sums: _Sums):
   """The clean model's logits, exp(c - peak), what becomes of sums; and sums."""
   z = logits(cfg, x, block)
-  peak, total = _add(sums, z)
+  peak, total = add_exponentials(sums.peak, sums.total, z)
   p = jnp.exp(z - peak[:, None])
   return (z, p, jnp.exp(sums.peak - peak)), _Sums(peak, total, sums.apart)
 
@@ -117,21 +123,13 @@ def _pass(cfg, x, block, clean, sums: _Sums) -> _Sums:
   c, p, factor = clean
   z = logits(cfg, x, block)
   apart = sums.apart * factor + jnp.sum(p * (c - z), axis=1)
-  return _Sums(*_add(sums, z), apart)
-
-
-def _add(sums: _Sums, z):
-  """The peak and total with the logits [rows, S] of more tokens."""
-  peak = jnp.maximum(sums.peak, jnp.max(z, axis=1))
-  more = jnp.sum(jnp.exp(z - peak[:, None]), axis=1)
-  return peak, sums.total * jnp.exp(sums.peak - peak) + more
+  return _Sums(*add_exponentials(sums.peak, sums.total, z), apart)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _finish(cfg, x, own, clean: _Sums, sums: _Sums):
   """[2, rows]: the loss at the tokens whose rows of the head are `own`, KL."""
-  z = jax.vmap(lambda x, row: logits(cfg, x, row[None])[0])(x, own)
-  return _row_losses(z, clean, sums)
+  return _row_losses(logits_of(cfg, x, own), clean, sums)
 
 
 def _row_losses(own, clean: _Sums, sums: _Sums):

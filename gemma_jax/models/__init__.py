@@ -4,7 +4,8 @@ from gemma_jax.models import edits, perturb, reduce
 from gemma_jax.models.config import ModelConfig
 from gemma_jax.models.edits import PerLayer, Splice
 from gemma_jax.models.families import PRESETS
-from gemma_jax.models.forward import forward, site_gradients, unembed
+from gemma_jax.models.forward import forward, site_gradients
+from gemma_jax.models.head import unembed
 from gemma_jax.models.model import Model, load_model
 from gemma_jax.models.sharding import make_mesh
 from gemma_jax.models.sources import (

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax.models import attention as attention_lib
-from gemma_jax.models import families, layers, sharding
+from gemma_jax.models import layers, sharding
 from gemma_jax.models import sites as sites_lib
 from gemma_jax.models.blocks import Blocks, read_names
 from gemma_jax.models.config import ModelConfig
 from gemma_jax.models.edits import Edit, PerLayer, Splice
+from gemma_jax.models.head import unembed
 from gemma_jax.models.sites import Site
 
 Capture = Sequence[str] | Mapping[str, Callable | None]
@@ -265,56 +266,6 @@ def run_blocks(
   )
   blocks = Blocks(cfg, params["blocks"], ctx, {}, changes)
   return blocks.run_between(x, first, last)
-
-
-def unembed(cfg: ModelConfig, params, x: jax.Array) -> jax.Array:
-  """Final norm, head and soft-cap: resid_post [..., D] -> logits [..., V].
-
-  Raises:
-    ValueError: see `head`.
-  """
-  table = head(cfg, params)
-  with jax.named_scope("unembed"):
-    return logits(cfg, final_norm(cfg, params, x), table)
-
-
-def final_norm(cfg: ModelConfig, params, x: jax.Array) -> jax.Array:
-  """What the head reads: resid_post [..., D] of the last block, normalised."""
-  return families.of(cfg).norm(cfg, params, "final_norm", x)
-
-
-def logits(cfg: ModelConfig, x: jax.Array, rows: jax.Array) -> jax.Array:
-  """Of some tokens of the vocabulary, soft-capped.
-
-  Args:
-    cfg: of the model.
-    x: of `final_norm`, [..., D].
-    rows: of the head, [S, D].
-
-  Returns:
-    [..., S] in float32 or wider.
-  """
-  product = jnp.einsum(
-    "...d,vd->...v",
-    x,
-    rows,
-    preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-  )
-  return attention_lib.soft_cap(product, cfg.final_softcap)
-
-
-def head(cfg: ModelConfig, params) -> jax.Array:
-  """The unembedding [V, D], which may be the embedding.
-
-  Raises:
-    ValueError: it is not loaded (`layers=` of a model that has its own).
-  """
-  name = "embed" if cfg.tied else "unembed"
-  if name not in params:
-    raise ValueError(
-      "The head is not loaded: load the model without `layers` for logits."
-    )
-  return params[name]
 
 
 def num_loaded(params) -> int:

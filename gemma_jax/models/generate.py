@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from gemma_jax.models import sharding
 from gemma_jax.models.forward import run as run_model
-from gemma_jax.models.forward import unembed
+from gemma_jax.models.head import unembed
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,7 +7,8 @@ import pytest
 
 from gemma_jax import models
 from gemma_jax.models import PerLayer, Splice
-from gemma_jax.models.forward import embed, run_blocks, unembed
+from gemma_jax.models.forward import embed, run_blocks
+from gemma_jax.models.head import unembed
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

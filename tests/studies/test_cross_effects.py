@@ -11,7 +11,7 @@ from gemma_jax import models
 from gemma_jax.alignment import Map
 from gemma_jax.dictionaries import Dictionary
 from gemma_jax.dictionaries.config import DictionaryConfig
-from gemma_jax.models.forward import head
+from gemma_jax.models.head import head
 from studies import (
   cross_effects,
   cross_fingerprints,

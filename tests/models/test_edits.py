@@ -14,7 +14,10 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 SITE = "blocks.2.resid_post"
 
 
-@pytest.fixture(scope="module", params=["gemma3", "neox"])
+@pytest.fixture(
+  scope="module",
+  params=["gemma3", pytest.param("neox", marks=pytest.mark.slow)],
+)
 def model(request, one_device):
   return models.load_model(f"random:{request.param}-tiny", mesh=one_device)
 

@@ -9,7 +9,10 @@ from gemma_jax.activations import fingerprints
 from gemma_jax.models import perturb
 
 
-@pytest.fixture(scope="module", params=["gemma3", "gpt2"])
+@pytest.fixture(
+  scope="module",
+  params=["gemma3", pytest.param("gpt2", marks=pytest.mark.slow)],
+)
 def model(request, one_device):
   return models.load_model(f"random:{request.param}-tiny", mesh=one_device)
 

@@ -365,7 +365,9 @@ print((resident("VmHWM:") - before) / size)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  "dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_loading_the_real_model_peaks_at_its_own_size(dtype):
   """Not at twice that: neither the file nor a stack is in memory besides."""
   directory = models.resolve(models.DEMO)

@@ -109,9 +109,8 @@ def test_a_workdir_of_another_config_is_refused_with_what_differs(finished):
     dictionary.run(smoke(**{"train.steps": 61}), workdir)
 
 
-@pytest.mark.parametrize(
-  "kind", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
 def test_an_sae_is_a_transcoder_from_a_site_to_itself(kind, tmp_path):
   config = quick(
     **{

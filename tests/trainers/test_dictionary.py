@@ -109,8 +109,9 @@ def test_a_workdir_of_another_config_is_refused_with_what_differs(finished):
     dictionary.run(smoke(**{"train.steps": 61}), workdir)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize(
+  "kind", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)]
+)
 def test_an_sae_is_a_transcoder_from_a_site_to_itself(kind, tmp_path):
   config = quick(
     **{

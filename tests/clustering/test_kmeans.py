@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans as Sklearn
+from sklearn.cluster import kmeans_plusplus
 from sklearn.metrics import adjusted_rand_score
 
 from gemma_jax.clustering import kmeans
@@ -182,6 +183,20 @@ def test_careful_starts_are_better_than_random_ones():
   }
   for init in ("k-means++", "k-means||", "bisecting"):
     assert starts[init] < 0.7 * starts["random"], starts
+
+
+def test_k_means_plus_plus_starts_nearer_than_that_of_scikit_learn():
+  x = cloud()
+
+  def inertia(init, seed):
+    method = Lloyd(x, 150)
+    return next(method.iterations(method.start(init, seed=seed))).inertia
+
+  ours = [inertia("k-means++", s) for s in range(3)]
+  theirs = [
+    inertia(kmeans_plusplus(x, 150, random_state=s)[0], s) for s in range(3)
+  ]
+  assert np.mean(ours) < 0.99 * np.mean(theirs), (ours, theirs)
 
 
 def test_the_same_seed_gives_the_same_and_another_does_not():

@@ -34,6 +34,14 @@ def init(cfg: ModelConfig, key: jax.Array, dtype=jnp.float32):
   return {**make(family.top(cfg), top_key), "blocks": blocks}
 
 
+# It runs once: how soon it is compiled matters more than how fast it runs.
+init_quickly = jax.jit(
+  init,
+  static_argnames=("cfg", "dtype"),
+  compiler_options={"xla_backend_optimization_level": 0},
+)
+
+
 def checkpoint(preset: str, *, seed: int = 0) -> pathlib.Path:
   """A Hugging Face directory with random weights, made once in the cache.
 
@@ -60,7 +68,7 @@ def checkpoint(preset: str, *, seed: int = 0) -> pathlib.Path:
   cfg = presets[preset]
   hf = families.to_hf_config(cfg)
   (partial / "config.json").write_text(json.dumps(hf, indent=2))
-  params = jax.jit(init, static_argnums=0)(cfg, jax.random.key(seed))
+  params = init_quickly(cfg, jax.random.key(seed))
   weights.save(partial, jax.tree.map(np.asarray, params), cfg)
   _byte_tokenizer(partial)
   try:

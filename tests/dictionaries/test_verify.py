@@ -59,7 +59,8 @@ def trained(rows, read, write=None, *, k=K):
   W = axes.T / scales * np.sqrt(len(x))
   W = np.concatenate([W, -W], axis=1)
   z = x @ W - mean @ W
-  threshold = np.sort(z, axis=None)[-k * len(x)]
+  # Between two activations, that rounding may not move one across.
+  threshold = np.sort(z, axis=None)[-k * len(x) - 1 :][:2].mean()
   acts = np.where(z >= threshold, z, 0)
   seen = np.concatenate([acts, np.ones((len(x), 1))], axis=1)
   penalty = 0.01 * len(x) * np.eye(seen.shape[1])

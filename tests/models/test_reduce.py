@@ -109,9 +109,11 @@ def test_reductions_differ_from_site_to_site_and_none_keeps_all(
   capture = {c: None, a: reduce.take(0), b: reduce.mean()}
   _, found = model.forward(tokens, capture=capture, stop_at=7)
   assert tuple(found) == (c, a, b)
-  np.testing.assert_allclose(found[c], full[6], atol=1e-5)
-  np.testing.assert_allclose(found[a], full[1][:, 0], atol=1e-5)
-  np.testing.assert_allclose(found[b], full[4].mean((0, 1)), atol=1e-5)
+  np.testing.assert_allclose(found[c], full[6], atol=1e-5, rtol=1e-5)
+  np.testing.assert_allclose(found[a], full[1][:, 0], atol=1e-5, rtol=1e-5)
+  np.testing.assert_allclose(
+    found[b], full[4].mean((0, 1)), atol=1e-5, rtol=1e-5
+  )
 
 
 def test_many_layers_of_two_sites_in_one_scan_do_not_mix(model, tokens):
